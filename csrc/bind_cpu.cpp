@@ -1,0 +1,174 @@
+// fastdiff._cpu: the CPU kernels for Python. Tensors come as addresses; their owner has checked shapes and dtypes.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace fastdiff;
+
+namespace {
+
+struct Kernels {
+    const char* name;
+    bool runs;
+    void (*normal)(const Normal&);
+    void (*q_sample)(const QSample&);
+    void (*step)(const Step&);
+};
+
+#define FASTDIFF_KERNELS(isa, runs) \
+    { #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step }
+
+#if defined(__clang__)
+#define FASTDIFF_RUNS_V3                                                                       \
+    (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") && \
+     __builtin_cpu_supports("bmi2"))
+#define FASTDIFF_RUNS_V4                                                                       \
+    (FASTDIFF_RUNS_V3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && \
+     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+#else
+#define FASTDIFF_RUNS_V3 __builtin_cpu_supports("x86-64-v3")
+#define FASTDIFF_RUNS_V4 __builtin_cpu_supports("x86-64-v4")
+#endif
+
+// what this build holds, best first
+std::vector<Kernels> compiled() {
+    return {
+#ifdef FASTDIFF_HAVE_V4
+        FASTDIFF_KERNELS(v4, FASTDIFF_RUNS_V4),
+#endif
+#ifdef FASTDIFF_HAVE_V3
+        FASTDIFF_KERNELS(v3, FASTDIFF_RUNS_V3),
+#endif
+        FASTDIFF_KERNELS(base, true),
+    };
+}
+
+Kernels choose() {
+    const char* forced = std::getenv("FASTDIFF_ISA");
+    const std::string asked = forced ? forced : "";
+    std::string accepted;
+    for (const Kernels& kernels : compiled()) {
+        if (!kernels.runs) {
+            if (asked == kernels.name)
+                throw py::import_error("FASTDIFF_ISA=" + asked + ": this CPU lacks x86-64-" + asked +
+                                       "; unset FASTDIFF_ISA to have the best that it runs");
+            continue;
+        }
+        if (asked.empty() || asked == kernels.name) return kernels;
+        accepted += std::string(accepted.empty() ? "" : ", ") + kernels.name;
+    }
+    throw py::import_error("FASTDIFF_ISA=" + asked + " is unknown to this build; accepted here: " + accepted +
+                           ", or unset it");
+}
+
+Kernels chosen;
+
+template <typename T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void check_size(int64_t size) {
+    // a counter holds 32 bits of i / 4
+    if (size > (int64_t(1) << 34)) throw py::value_error("one image holds at most 2**34 numbers");
+}
+
+void normal(uintptr_t out, uintptr_t seed, uintptr_t index, int64_t step, uint32_t stream, int64_t images,
+            int64_t size, int threads) {
+    check_size(size);
+    const Normal call{at<float>(out), at<int64_t>(seed), at<int64_t>(index), step, stream, images, size, threads};
+    const py::gil_scoped_release released;
+    chosen.normal(call);
+}
+
+void q_sample(uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, uintptr_t t, uintptr_t table,
+              int64_t lines, uintptr_t seed, uintptr_t index, int64_t step, uint32_t stream, uintptr_t x_t,
+              uintptr_t eps, uintptr_t v, int dtype, int64_t images, int64_t size, int threads) {
+    check_size(size);
+    for (int64_t n = 0; n < images; ++n)
+        if (const int64_t time = at<int64_t>(t)[n]; time < 0 || time >= lines)
+            throw py::index_error("q_sample: t[" + std::to_string(n) + "] = " + std::to_string(time) +
+                                  " is out of range; the table has the lines 0 to " + std::to_string(lines - 1));
+    const QSample call{at<void>(x0),
+                       at<void>(noise),
+                       Dtype(x0_dtype),
+                       Dtype(noise_dtype),
+                       at<int64_t>(t),
+                       at<float>(table),
+                       at<int64_t>(seed),
+                       at<int64_t>(index),
+                       step,
+                       stream,
+                       at<void>(x_t),
+                       at<void>(eps),
+                       at<void>(v),
+                       Dtype(dtype),
+                       images,
+                       size,
+                       threads};
+    const py::gil_scoped_release released;
+    chosen.q_sample(call);
+}
+
+void check_row(const Step& call, int64_t lines) {
+    const int64_t k = *call.k, last = call.x_in.data ? k + 1 : k;
+    if (k < 0 || last >= lines)
+        throw py::value_error("step_: k=" + std::to_string(k) + " is outside the " + std::to_string(lines) +
+                              " lines of rows (the last one only says what the result is)");
+    const float* r = call.rows + k * COLUMNS;
+    if ((r[P] != 0 || r[Q] != 0) && !(r[SLOT] >= 0 && r[SLOT] < 3))
+        throw py::value_error("step_: row " + std::to_string(k) + " has SLOT " + std::to_string(r[SLOT]) +
+                              "; accepted: 0, 1, 2");
+}
+
+void step(uintptr_t x, uintptr_t h, uintptr_t x_in, int x_in_dtype, int64_t x_in_image, int64_t x_in_channel,
+          int64_t x_in_pixel, bool doubled, uintptr_t F, int F_dtype, int64_t F_image, int64_t F_channel,
+          int64_t F_pixel, bool guided, uintptr_t rows, int64_t lines, uintptr_t k, uintptr_t index, uintptr_t seed,
+          int variance, uintptr_t noise, uintptr_t bad, int64_t images, int64_t channels, int64_t pixels,
+          int threads) {
+    const Step call{at<float>(x),
+                    at<float>(h),
+                    {at<void>(x_in), Dtype(x_in_dtype), x_in_image, x_in_channel, x_in_pixel},
+                    {at<void>(F), Dtype(F_dtype), F_image, F_channel, F_pixel},
+                    doubled,
+                    guided,
+                    at<float>(rows),
+                    at<int64_t>(k),
+                    at<int64_t>(index),
+                    at<int64_t>(seed),
+                    Variance(variance),
+                    at<float>(noise),
+                    at<int64_t>(bad),
+                    images,
+                    channels,
+                    pixels,
+                    threads};
+    check_size(channels * pixels);
+    check_row(call, lines);
+    const py::gil_scoped_release released;
+    chosen.step(call);
+}
+
+#define FASTDIFF_TEXT(...) #__VA_ARGS__
+#define FASTDIFF_NAMES(...) FASTDIFF_TEXT(__VA_ARGS__)
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "fastdiff's CPU kernels on raw addresses; fastdiff.ops holds the functions for users";
+    chosen = choose();
+    m.attr("isa") = chosen.name;
+    py::list isas;
+    for (const Kernels& kernels : compiled())
+        if (kernels.runs) isas.append(kernels.name);
+    m.attr("isas") = py::tuple(isas);
+    m.attr("columns") = FASTDIFF_NAMES(FASTDIFF_COLUMNS);
+    m.def("normal", &normal);
+    m.def("q_sample", &q_sample);
+    m.def("step", &step);
+}

@@ -1,0 +1,98 @@
+"""The compiled CPU kernels, `fastdiff._cpu`: here or not, which instruction set, and how tensors are handed to them.
+
+Kernels take addresses and sizes. Their caller has checked shapes, dtypes and devices, and keeps the tensors alive.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+# torch first: its libgomp is then the one that the kernels share, thread pool and torch.set_num_threads included
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+"""The numbers of csrc/cpu/kernels.h."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        from fastdiff import _cpu
+    except ImportError as error:
+        # a name in FASTDIFF_ISA was asked for: it loads or raises
+        if os.environ.get("FASTDIFF_ISA"):
+            raise
+        if isinstance(error, ModuleNotFoundError) or "cannot import name" in str(error):
+            return None, (
+                "fastdiff._cpu was not built when fastdiff was installed; install g++ and reinstall fastdiff with "
+                "FASTDIFF_REQUIRE_CPP=1 and `pip install -v`, which shows what fails"
+            )
+        return None, f"fastdiff._cpu does not load: {error}"
+    return _cpu, None
+
+
+cpu, _missing = _load()
+
+
+def missing() -> str | None:
+    """Why the compiled kernels cannot run here, None when they can."""
+    return _missing
+
+
+def isa() -> str | None:
+    """The instruction set in use, "v4", "v3" (x86-64 levels) or "base"; None without compiled kernels.
+
+    FASTDIFF_ISA forces one; a name that this CPU or build lacks raises ImportError.
+    """
+    return None if cpu is None else str(cpu.isa)
+
+
+class Strided(NamedTuple):
+    """A tensor (N, C, *spatial) whose element (n, c, pixel) lies at n image + c channel + p pixel."""
+
+    data: int
+    dtype: int
+    image: int
+    channel: int
+    pixel: int
+
+
+NOTHING = Strided(0, 0, 0, 0, 0)
+
+
+def strided(x: Tensor) -> Strided | None:
+    """How kernels address x; None where its spatial axes are no single run of equal steps (a crop, a transpose)."""
+    shape, stride = x.shape, x.stride()
+    pixel, run = 1, 1
+    for axis in range(x.ndim - 1, 1, -1):
+        if run == 1:
+            pixel = stride[axis]
+        elif run and shape[axis] != 1 and stride[axis] != pixel * run:
+            return None
+        run *= shape[axis]
+    return Strided(x.data_ptr(), DTYPES[x.dtype], stride[0], stride[1], pixel)
+
+
+def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x itself where it already is dense and of that dtype, else a copy."""
+    return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """The address of a dense tensor, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Why no CPU kernel takes these tensors: another device, or gradients that it would not record."""
+    for x in tensors:
+        if x is None:
+            continue
+        if x.device.type != "cpu":
+            return f"the cpp kernels run on CPU tensors, got one on {x.device}"
+        if x.requires_grad and torch.is_grad_enabled():
+            return "an argument requires grad and this kernel records none; call it under torch.no_grad()"
+    return None
