@@ -1,0 +1,261 @@
+"""The modules that a U-Net is made of: normalisation, residual block, attention, resampling, embeddings.
+
+Every GroupNorm, the SiLU behind it, the time embedding around it and the skip concatenation in front of it are one op,
+`fastdiff.ops.group_norm_silu`. `dims` is the number of spatial axes: 1, 2 or 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.time_embed import time_embed
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+POOL = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+
+
+def conv(dims: int, inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None) -> nn.Module:
+    """A convolution over `dims` axes; the default padding keeps the spatial size at stride 1."""
+    return CONV[dims](inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """`module` with all parameters set to 0, so that the branch it ends starts as nothing (Ho 2020, appendix B)."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+class GroupNorm(nn.Module):
+    """silu(GroupNorm(cat([x, x2], 1) + add) (1 + scale) + shift) as one op; `act=False` leaves the SiLU out.
+
+    Arguments as `torch.nn.GroupNorm`; the tensors are described in `fastdiff/ops/group_norm_silu.py`.
+    Raises ValueError when `groups` does not divide `channels`.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, act: bool = False) -> None:
+        super().__init__()
+        if groups < 1 or channels % groups:
+            raise ValueError(f"GroupNorm: groups={groups} does not divide {channels} channels; pass a divisor")
+        self.groups, self.channels, self.eps, self.act = groups, channels, eps, act
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        x2: Tensor | None = None,
+        add: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """(N, channels, *spatial) in x's dtype."""
+        return group_norm_silu(
+            x,
+            self.groups,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            x2=x2,
+            add=add,
+            scale=scale,
+            shift=shift,
+            act=self.act,
+        )
+
+    def extra_repr(self) -> str:
+        """What `print(net)` shows."""
+        return f"{self.groups}, {self.channels}, eps={self.eps}, act={self.act}"
+
+
+class Pool(nn.Module):
+    """Halves every spatial axis by the mean of 2^dims neighbours."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """(N, C, *spatial) to (N, C, *spatial / 2)."""
+        y: Tensor = POOL[self.dims](x, 2)
+        return y
+
+
+class Nearest(nn.Module):
+    """Doubles every spatial axis by repeating each value."""
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """(N, C, *spatial) to (N, C, *2 spatial)."""
+        return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Down(nn.Module):
+    """Halves every spatial axis by a 3^dims convolution of stride 2.
+
+    asymmetric: pad one zero behind each axis (DDPM's TensorFlow "SAME") in place of one on both sides.
+    """
+
+    def __init__(self, channels: int, *, dims: int, asymmetric: bool = False) -> None:
+        super().__init__()
+        self.pad = (0, 1) * dims if asymmetric else None
+        self.conv = conv(dims, channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """(N, C, *spatial) to (N, C, *spatial / 2)."""
+        y: Tensor = self.conv(x if self.pad is None else functional.pad(x, self.pad))
+        return y
+
+
+class Up(nn.Module):
+    """Doubles every spatial axis by repetition, then a 3^dims convolution."""
+
+    def __init__(self, channels: int, *, dims: int) -> None:
+        super().__init__()
+        self.nearest = Nearest()
+        self.conv = conv(dims, channels, channels, 3)
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        """(N, C, *spatial) to (N, C, *2 spatial)."""
+        y: Tensor = self.conv(self.nearest(x))
+        return y
+
+
+class ResBlock(nn.Module):
+    """y = (shortcut(z) + conv2(n2(conv1(resample(n1(z)))))) / divisor,  z = cat([x, skip], 1) where a skip is given.
+
+    n1, n2 are GroupNorm + SiLU; the projected embedding e = time(emb) enters n2: added before the norm, or, with
+    `scale_shift`, as (scale, shift) behind it. `resample`: "up" or "down" resamples both branches (Dhariwal & Nichol
+    2021, after BigGAN), None neither. emb comes with its SiLU already applied. inputs counts z's channels.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dims: int,
+        time_channels: int,
+        groups: int,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: str | None = None,
+        divisor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift, self.divisor = scale_shift, divisor
+        self.norm1 = GroupNorm(groups, inputs, eps, act=True)
+        self.resample = {"up": Nearest(), "down": Pool(dims), None: None}[resample]
+        self.conv1 = conv(dims, inputs, outputs, 3)
+        self.time = nn.Linear(time_channels, 2 * outputs if scale_shift else outputs)
+        self.norm2 = GroupNorm(groups, outputs, eps, act=True)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(conv(dims, outputs, outputs, 3))
+        self.shortcut = None if inputs == outputs else conv(dims, inputs, outputs, 1)
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(N, outputs, *spatial), resampled; x and skip have `inputs` channels together, emb is (N, time_channels)."""
+        h = self.norm1(x, x2=skip)
+        if skip is not None:
+            x = torch.cat([x, skip], 1)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
+        e = self.time(emb)
+        if self.scale_shift:
+            scale, shift = e.chunk(2, 1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, add=e)
+        h = self.conv2(self.dropout(h))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        y: Tensor = x + h
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class Attention(nn.Module):
+    """y = (x + out(softmax(q k^T / sqrt(d)) v)) / divisor over all pixels,  [q, k, v] = qkv(norm(x)).
+
+    heads, or head_channels (then heads = channels / head_channels), or neither: one head. The rows of `qkv` are q's
+    channels, then k's, then v's, each ordered by head. groups=0 leaves the norm out.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int,
+        heads: int | None = None,
+        head_channels: int | None = None,
+        eps: float = 1e-5,
+        divisor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads or (channels // head_channels if head_channels else 1)
+        self.divisor = divisor
+        if self.heads < 1 or channels % (head_channels or self.heads):
+            given = f"head_channels={head_channels}" if head_channels else f"heads={heads}"
+            raise ValueError(f"Attention: {given} does not divide {channels} channels; pass a divisor")
+        self.norm = GroupNorm(groups, channels, eps) if groups else None
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, *spatial)."""
+        h = x if self.norm is None else self.norm(x)
+        tokens = h.flatten(2).transpose(1, 2)  # (N, L, C), a view
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, L, d) each
+        h = functional.scaled_dot_product_attention(q, k, v)
+        h = self.out(h.transpose(1, 2).flatten(2)).transpose(1, 2)
+        y: Tensor = x + h.reshape(x.shape)
+        return y if self.divisor == 1 else y / self.divisor
+
+
+class Stage(nn.Module):
+    """ResBlock, then attention, then a resampling, each of the last two where given; `skip` joins in the ResBlock."""
+
+    def __init__(self, res: ResBlock, attention: Attention | None = None, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.res, self.attention, self.resample = res, attention, resample
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(N, outputs, *spatial), resampled."""
+        x = self.res(x, emb, skip)
+        if self.attention is not None:
+            x = self.attention(x)
+        return x if self.resample is None else self.resample(x, emb)
+
+
+class Sinusoid(nn.Module):
+    """Sinusoidal features of time_scale * t, then Linear, SiLU, Linear: t (N,) to (N, outputs).
+
+    The features are computed in float32 (float64 when t is) and cast to the parameters' dtype behind.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        outputs: int,
+        *,
+        time_scale: float = 1.0,
+        max_period: float = 10000.0,
+        flip: bool = True,
+        shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.features, self.time_scale = features, time_scale
+        self.max_period, self.flip, self.shift = max_period, flip, shift
+        self.linear1 = nn.Linear(features, outputs)
+        self.linear2 = nn.Linear(outputs, outputs)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(N, outputs) in the parameters' dtype; t (N,) integer or real."""
+        t = t if t.dtype == torch.float64 else t.float()
+        e = time_embed(t * self.time_scale, self.features, max_period=self.max_period, flip=self.flip, shift=self.shift)
+        y: Tensor = self.linear2(functional.silu(self.linear1(e.to(self.linear1.weight.dtype))))
+        return y

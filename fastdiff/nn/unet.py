@@ -1,0 +1,263 @@
+"""The U-Net of diffusion models: one module that is DDPM's, improved and guided diffusion's, or diffusers' UNet2DModel.
+
+    emb = silu(mlp(sinusoid(t)) + class(cond))
+    h   = stem(x);  down: blocks x ResBlock (+ attention) a level, then a halving; every result is kept as a skip
+    middle: ResBlock, attention, ResBlock;  up: (blocks + 1) x ResBlock on [h, skip] (+ attention) a level, a doubling
+    F   = out(silu(norm(h)))
+
+Sources: Ho, Jain & Abbeel 2020, appendix B; Nichol & Dhariwal 2021; Dhariwal & Nichol 2021, section 3 (ADM).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdiff.nn.layers import Attention, Down, GroupNorm, Nearest, Pool, ResBlock, Sinusoid, Stage, Up, conv, zero
+
+CONDITIONS = ("label", "number", "vector")
+
+
+class UNet(nn.Module):
+    """F = net(x, t, cond): predicts eps, x0, v ... from a noisy x (N, in_channels, *spatial) at time t.
+
+    channels       width of the first level where its multiplier is 1; the embedding has 4 times as many (time_channels)
+    mults          width of each level as a multiple of channels; every level but the last halves the image
+    blocks         ResBlocks a level on the way down; one more on the way up
+    attention      downsampling factors (1, 2, 4 ...) of the levels with attention; any image size
+    middle         ResBlock, attention, ResBlock at the coarsest level; middle_attention=False leaves attention out;
+                   middle_groups: groups of its norm, 0 is no norm, None as `groups`; middle_divisor divides its outputs
+    heads          attention heads, or head_channels: channels a head; neither is one head
+    groups         of every norm; None is the greatest divisor of 32 that divides every width (32 for most nets)
+    eps, dropout   of the norms; after the second norm of every ResBlock
+    scale_shift    the embedding scales and shifts behind the norm (ADM); else it is added before (DDPM)
+    resample_blocks   halve and double inside ResBlocks (ADM); else by a convolution, or a mean and a repetition with
+                   conv_resample=False. asymmetric: the halving pads behind only (DDPM's)
+    classes        labels 0 .. classes - 1; label `classes` is the null class (null_class=False: there is none)
+    condition      "label"; "number": cond (N,) real, embedded like t; "vector": cond (N, time_channels) is added
+    learned_variance  the output has 2 out_channels, the second half for the variance (Nichol & Dhariwal 2021)
+    dims           spatial axes: 1, 2 or 3
+    time_scale     t is multiplied by it: 1 for integer steps, 1000 for times in 0..1
+    max_period, flip, shift   of the sinusoid, see `fastdiff/ops/time_embed.py`; DDPM's is flip=False, shift=1
+    center_input   the network sees 2 x - 1
+
+    `UNet(**net.config)` rebuilds the net. Raises ValueError for numbers that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channels: int = 128,
+        mults: Sequence[float] = (1, 2, 2, 2),
+        blocks: int = 2,
+        attention: Sequence[int] = (2,),
+        middle: bool = True,
+        middle_attention: bool = True,
+        middle_groups: int | None = None,
+        middle_divisor: float = 1.0,
+        heads: int | None = None,
+        head_channels: int | None = None,
+        groups: int | None = None,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample_blocks: bool = False,
+        conv_resample: bool = True,
+        asymmetric: bool = False,
+        classes: int | None = None,
+        null_class: bool = True,
+        condition: str = "label",
+        learned_variance: bool = False,
+        dims: int = 2,
+        time_channels: int | None = None,
+        time_scale: float = 1.0,
+        max_period: float = 10000.0,
+        flip: bool = True,
+        shift: float = 0.0,
+        center_input: bool = False,
+    ) -> None:
+        given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        _check(**given)
+        super().__init__()
+        self.config: dict[str, Any] = given | {"mults": list(mults), "attention": list(attention)}
+        self.in_channels, self.dims, self.center_input = in_channels, dims, center_input
+        self.out_channels = (out_channels or in_channels) * (2 if learned_variance else 1)
+        self.classes, self.null_class, self.condition = classes, null_class, condition
+        self.factor = 2 ** (len(mults) - 1)
+        widths = [round(channels * m) for m in mults]
+        groups = groups or math.gcd(32, *widths)
+        time_channels = time_channels or 4 * channels
+        sinusoid = partial(
+            Sinusoid, channels, time_channels, time_scale=time_scale, max_period=max_period, flip=flip, shift=shift
+        )
+        self.time = sinusoid()
+        self.cond: nn.Module | None = None
+        if condition == "number":
+            self.cond = sinusoid()
+        elif classes is not None:
+            self.cond = nn.Embedding(classes + null_class, time_channels)
+        block = partial(
+            ResBlock,
+            dims=dims,
+            time_channels=time_channels,
+            groups=groups,
+            eps=eps,
+            dropout=dropout,
+            scale_shift=scale_shift,
+        )
+        attend = partial(Attention, groups=groups, heads=heads, head_channels=head_channels, eps=eps)
+
+        def resample(width: int, way: str) -> nn.Module:
+            if resample_blocks:
+                return block(width, width, resample=way)
+            if not conv_resample:
+                return Pool(dims) if way == "down" else Nearest()
+            return Down(width, dims=dims, asymmetric=asymmetric) if way == "down" else Up(width, dims=dims)
+
+        attends = [attend if 2**i in attention else None for i in range(len(mults))]
+        self.stem = conv(dims, in_channels, widths[0], 3)
+        self.down, skips = _down(widths, blocks, attends, block, resample)
+        self.middle = nn.ModuleList()
+        if middle:
+            wide, block_middle = widths[-1], partial(block, divisor=middle_divisor)
+            middle_groups = groups if middle_groups is None else middle_groups
+            at = attend(wide, groups=middle_groups, divisor=middle_divisor) if middle_attention else None
+            self.middle = nn.ModuleList([Stage(block_middle(wide, wide), at), Stage(block_middle(wide, wide))])
+        self.up = _up(widths, blocks, attends, block, resample, skips)
+        self.norm = GroupNorm(groups, widths[0], eps, act=True)
+        self.out = zero(conv(dims, widths[0], self.out_channels, 3))
+
+    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+        """F (N, out, *spatial) in the parameters' dtype.
+
+        x (N, in_channels, *spatial), sizes divisible by `net.factor`; t (N,), or one number for all; cond (N,), or one
+        for all; None is the null class where there are classes. Raises ValueError for other shapes.
+        """
+        emb = self.embed(t, cond, x)
+        if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"UNet: x has shape {tuple(x.shape)}; this net takes (N, {self.in_channels}, "
+                f"{', '.join('DHW'[-self.dims :])})"
+            )
+        if any(s % self.factor for s in x.shape[2:]):
+            raise ValueError(
+                f"UNet: x has spatial size {tuple(x.shape[2:])}; this net halves it {len(self.config['mults']) - 1} "
+                f"times, so every size must be a multiple of {self.factor}; pad or crop x"
+            )
+        x = x.to(emb.dtype)
+        h = self.stem(2 * x - 1 if self.center_input else x)
+        skips = [h]
+        for down in self.down:
+            h = down(h, emb)
+            skips.append(h)
+        for stage in self.middle:
+            h = stage(h, emb)
+        for stage in self.up:
+            h = stage(h, emb, skips.pop())
+        F: Tensor = self.out(self.norm(h))
+        return F
+
+    def embed(self, t: Tensor | float, cond: Tensor | None, x: Tensor) -> Tensor:
+        """What every ResBlock is told: silu(mlp(sinusoid(t)) + class(cond)), (N, time_channels)."""
+        n = x.shape[0]
+        emb: Tensor = self.time(_batched("t", torch.as_tensor(t, device=x.device), n))
+        if self.condition == "vector":
+            if cond is None or cond.shape != emb.shape:
+                got = None if cond is None else tuple(cond.shape)
+                raise ValueError(f"UNet: cond has shape {got}; this net adds a vector of shape {tuple(emb.shape)}")
+            return functional.silu(emb + cond.to(emb.dtype))
+        if self.cond is None:
+            if cond is not None:
+                raise ValueError("UNet: cond was given to a net without classes; pass cond=None")
+            return functional.silu(emb)
+        if cond is None:
+            cond = self.null(torch.zeros(n, dtype=torch.int64, device=x.device))
+        if self.condition == "label" and cond.is_floating_point():
+            raise ValueError(f"UNet: cond has dtype {cond.dtype}; labels are integers, pass cond.long()")
+        return functional.silu(emb + self.cond(_batched("cond", cond, n)))
+
+    def null(self, cond: Tensor) -> Tensor:
+        """The null class in cond's shape, as a call without cond is told. Raises ValueError where there is none."""
+        if self.classes is None or not self.null_class:
+            raise ValueError(
+                "UNet: this net has no null class (classes=None or null_class=False); pass cond, and for guidance "
+                "the label that training used for no class"
+            )
+        return torch.full_like(cond, self.classes)
+
+
+def _batched(name: str, v: Tensor, n: int) -> Tensor:
+    """(n,) from (n,), or from one element."""
+    if v.numel() not in (1, n):
+        raise ValueError(f"UNet: {name} has shape {tuple(v.shape)}; accepted: one element or ({n},), one an image")
+    return v.reshape(-1).expand(n)
+
+
+def _down(
+    widths: list[int],
+    blocks: int,
+    attends: Sequence[Callable[..., Attention] | None],
+    block: Callable[..., ResBlock],
+    resample: Callable[[int, str], nn.Module],
+) -> tuple[nn.ModuleList, list[int]]:
+    """The way down, and the width of every skip that it leaves, the stem's first."""
+    layers, skips = nn.ModuleList(), [widths[0]]
+    for i, (width, attend) in enumerate(zip(widths, attends, strict=True)):
+        for _ in range(blocks):
+            layers.append(Stage(block(skips[-1], width), attend and attend(width)))
+            skips.append(width)
+        if i < len(widths) - 1:
+            layers.append(resample(width, "down"))
+            skips.append(width)
+    return layers, skips
+
+
+def _up(
+    widths: list[int],
+    blocks: int,
+    attends: Sequence[Callable[..., Attention] | None],
+    block: Callable[..., ResBlock],
+    resample: Callable[[int, str], nn.Module],
+    skips: list[int],
+) -> nn.ModuleList:
+    """The way up: one stage a skip, numbered like guided-diffusion's output blocks."""
+    layers, inputs = nn.ModuleList(), widths[-1]
+    for i, width in reversed(list(enumerate(widths))):
+        attend = attends[i]
+        for j in range(blocks + 1):
+            up = resample(width, "up") if i > 0 and j == blocks else None
+            layers.append(Stage(block(inputs + skips.pop(), width), attend and attend(width), up))
+            inputs = width
+    assert not skips
+    return layers
+
+
+def _check(**given: Any) -> None:
+    """Raises ValueError for a keyword that no net can have."""
+
+    def need(good: bool, key: str, accepted: str) -> None:
+        if not good:
+            raise ValueError(f"UNet: {key}={given[key]!r} is not possible; accepted: {accepted}")
+
+    widths = [round(given["channels"] * m) for m in given["mults"]]
+    factors = [2**i for i in range(len(widths))]
+    need(given["channels"] >= 1, "channels", "a positive integer")
+    need(bool(widths) and min(widths) >= 1, "mults", "one positive number a level")
+    need(given["blocks"] >= 1, "blocks", "a positive integer")
+    need(all(a in factors for a in given["attention"]), "attention", f"factors out of {factors} (len(mults) levels)")
+    need(given["dims"] in (1, 2, 3), "dims", "1, 2, 3")
+    need(given["condition"] in CONDITIONS, "condition", ", ".join(CONDITIONS))
+    need(given["condition"] == "label" or given["classes"] is None, "classes", "None, for condition is not 'label'")
+    need(given["classes"] is None or given["classes"] >= 1, "classes", "None or a positive integer")
+    need(not (given["heads"] and given["head_channels"]), "heads", "None where head_channels is given")
+    groups = given["groups"]
+    bad = [w for w in widths if groups is not None and (groups < 1 or w % groups)]
+    need(not bad, "groups", f"a common divisor of the widths {widths}, or None for the greatest one up to 32")
