@@ -1,0 +1,136 @@
+"""A network with what one must know to read its output: the schedule and what it predicts.
+
+x0 = c_skip x + c_out F,   F = net(c_in x, told(t), cond),   eps = (x - alpha x0) / sigma,   score = -eps / sigma
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.sampling.guidance import Cond
+from fastdiff.tables.predict import PREDICTS, predict
+from fastdiff.tables.schedule import Schedule
+
+Net = Callable[..., Tensor]
+"""net(x, t, cond) -> F: x (N, C, *spatial), t (N,), F (N, C or 2C, *spatial)."""
+
+_RANGE = "+range"
+
+
+class Denoiser:
+    """`net`, any callable net(x, t, cond), read through `schedule` and `predicts`.
+
+    predicts: "eps", "x0", "v", "flow", "edm", "score" or "mean"; "eps+range" where the network's second half of
+    channels is Nichol & Dhariwal's v of a learned variance. defaults: what `fd.sample` uses where its caller says
+    nothing (solver, steps, spacing, clip, ...). null: the condition that means "none", a tensor or a function of cond,
+    where the network has no `null` of its own. meta: facts about the data, "shape" and "classes" among them.
+    Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        schedule: Schedule,
+        predicts: str = "eps",
+        *,
+        sigma_data: float = 0.5,
+        defaults: Mapping[str, Any] | None = None,
+        null: Cond = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        if predicts.removesuffix(_RANGE) not in PREDICTS:
+            raise ValueError(
+                f"predicts={predicts!r} is unknown; accepted: {', '.join(PREDICTS)}, each also with {_RANGE}"
+            )
+        if not callable(net):
+            raise TypeError(f"net must be a callable net(x, t, cond), got {type(net).__name__}")
+        self.net, self.schedule, self.predicts, self.sigma_data = net, schedule, predicts, sigma_data
+        self.defaults, self.meta = dict(defaults or {}), dict(meta or {})
+        self._null = null
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.net).__name__}, {self.schedule.name}, predicts={self.predicts!r})"
+
+    @property
+    def variance(self) -> str | None:
+        """The kind of variance that the network also gives: None or "range"."""
+        return "range" if self.predicts.endswith(_RANGE) else None
+
+    def with_net(self, net: Net) -> Denoiser:
+        """The same reading of another network: averaged weights, a compiled or wrapped one."""
+        return Denoiser(
+            net,
+            self.schedule,
+            self.predicts,
+            sigma_data=self.sigma_data,
+            defaults=self.defaults,
+            null=self._null,
+            meta=self.meta,
+        )
+
+    def _like(self) -> Tensor | None:
+        parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
+        return next((p for p in parameters if p.is_floating_point()), None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's parameters are; the CPU for a plain function."""
+        like = self._like()
+        return torch.device("cpu") if like is None else like.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the network's parameters, which its input is given in; None for a plain function."""
+        like = self._like()
+        return None if like is None else like.dtype
+
+    def null(self, cond: Cond, given: Cond = None) -> Cond:
+        """The condition that means "none", shaped like cond: `given`, else the Denoiser's, else the network's own."""
+        for null in (given, self._null, getattr(self.net, "null", None)):
+            if null is not None:
+                return null(cond) if callable(null) else null
+        raise ValueError(
+            "guidance: this network names no null condition; pass fd.cfg(w, null=...) or fd.Denoiser(..., null=...)"
+        )
+
+    def _columns(self, x: Tensor, t: Tensor | float) -> tuple[np.ndarray[Any, Any], ...]:
+        """(t, alpha, sigma) in float64 on the host, one line an image."""
+        times = np.asarray(torch.as_tensor(t, dtype=torch.float64).cpu()) * np.ones(len(x))
+        return times, self.schedule.alpha(times), self.schedule.sigma(times)
+
+    def x0(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """E[x0 given x_t = x] as the network sees it, (N, C, *spatial); t (N,) or a number, in the schedule's units."""
+        times, alpha, sigma = self._columns(x, t)
+        kind = self.predicts.removesuffix(_RANGE)
+        previous = (self.schedule.alpha(times - 1), self.schedule.sigma(times - 1)) if kind == "mean" else None
+        numbers = predict(kind, alpha, sigma, sigma_data=self.sigma_data, previous=previous)
+        c_in, c_skip, c_out = (_images(c, x) for c in numbers)
+        told = told_times(self.schedule, self.schedule.told(times)).to(x.device)
+        F = self.net((c_in * x).to(self.dtype or x.dtype), told, cond)
+        return c_skip * x + c_out * F[:, : x.shape[1]].to(x.dtype)
+
+    def eps(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The noise that the network sees in x, (x - alpha x0) / sigma."""
+        _, alpha, sigma = self._columns(x, t)
+        return (x - _images(alpha, x) * self.x0(x, t, cond)) / _images(sigma, x)
+
+    def score(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
+        """The gradient of log p_t at x, -eps / sigma (Vincent 2011; Song 2021)."""
+        _, _, sigma = self._columns(x, t)
+        return -self.eps(x, t, cond) / _images(sigma, x)
+
+
+def told_times(schedule: Schedule, told: np.ndarray[Any, Any]) -> Tensor:
+    """The times a network is told: int64 where a discrete schedule tells whole steps only, else float32."""
+    whole = schedule.T is not None and bool((told % 1 == 0).all())
+    return torch.as_tensor(told).to(torch.int64 if whole else torch.float32)
+
+
+def _images(number: np.ndarray[Any, Any], x: Tensor) -> Tensor:
+    """(N,) numbers on the host to a tensor that broadcasts over x."""
+    return torch.as_tensor(number, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
