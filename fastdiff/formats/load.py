@@ -1,0 +1,99 @@
+"""Denoisers from folders and back: our own checkpoints, diffusers' U-Nets, the models that come with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastdiff
+from fastdiff.files.checkpoint import read_folder, write_folder
+from fastdiff.formats.diffusers import read_unet2d, schedule_of
+from fastdiff.nn.unet import UNet
+from fastdiff.sampling.denoiser import Denoiser
+from fastdiff.tables.schedule import from_spec
+
+_SHIPPED = Path(fastdiff.__file__).parent / "models"
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(p.name for p in _SHIPPED.iterdir() if p.is_dir()) if _SHIPPED.is_dir() else []
+
+
+def _is_diffusers(folder: Path) -> bool:
+    if (folder / "unet" / "config.json").is_file():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("_class_name") == "UNet2DModel"
+
+
+def _ours(folder: Path) -> Denoiser:
+    config, tensors = read_folder(folder)
+    try:
+        net = UNet(**config["net"])
+        schedule = from_spec(config["schedule"])
+        net.load_state_dict({name: t.float() for name, t in tensors["model"].items()})
+        predicts, meta = config["predicts"], config["meta"]
+        return Denoiser(
+            net.eval(), schedule, predicts, sigma_data=config["sigma_data"], defaults=config["defaults"], meta=meta
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"load: {folder} does not hold a Denoiser that this version can build ({error}); "
+            f"it was written by fastdiff {config.get('fastdiff', 'of unknown version')}"
+        ) from error
+
+
+def load(name: str | Path) -> Denoiser:
+    """A Denoiser, on the CPU and in evaluation mode, from a folder or by the name of a model that comes with us.
+
+    A folder is one of ours (`fd.save`, checked against its checksums) or diffusers' UNet2DModel (config and
+    safetensors, with the scheduler's config where there is one). Raises FileNotFoundError where there is nothing,
+    ValueError where it is broken or of no known kind.
+    """
+    folder = Path(name)
+    if not folder.exists() and str(name) in shipped():
+        folder = _SHIPPED / str(name)
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"load: there is no folder {str(name)!r} and no model of that name; accepted: a folder, or one of "
+            f"{', '.join(shipped())}"
+        )
+    if _is_diffusers(folder):
+        net, scheduler = read_unet2d(folder)
+        schedule, predicts, defaults = schedule_of(scheduler)
+        return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta={"name": folder.name})
+    den = _ours(folder)
+    den.meta.setdefault("name", folder.name)
+    return den
+
+
+def save(den: Denoiser, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write `den` as a folder that `load` reads: config.json with checksums, model.safetensors. Crash-safe.
+
+    dtype: of the stored weights, the network's own unless given. Raises ValueError for a network that is no
+    fastdiff.UNet and for a schedule of the caller's own functions, which no file can hold.
+    """
+    if not isinstance(den.net, UNet):
+        raise ValueError(
+            f"save: the network is a {type(den.net).__name__}; save its state_dict, or build a fastdiff.UNet"
+        )
+    if den.schedule.spec is None:
+        raise ValueError(f"save: schedule {den.schedule.name!r} is made of functions; use a named one or fd.from_betas")
+    config: dict[str, Any] = {
+        "fastdiff": fastdiff.__version__,
+        "net": den.net.config,
+        "schedule": den.schedule.spec,
+        "predicts": den.predicts,
+        "sigma_data": den.sigma_data,
+        "defaults": den.defaults,
+        "meta": den.meta,
+    }
+    weights = den.net.state_dict()
+    write_folder(folder, config, {"model": {k: v.to("cpu", dtype or v.dtype) for k, v in weights.items()}})
