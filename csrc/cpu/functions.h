@@ -22,7 +22,7 @@ inline F32 minus_two_ln(F32 scaled) {
     const F32 even = ((-0x1.05599ap-2f * ff - 0x1.22d98ep-2f) * ff - 0x1.99a01ep-2f) * ff - 0x1.555554p-1f;
     const F32 p = odd * f + even;
     // 2 ln 2 in two parts, the first with few enough bits for an exact product
-    return (p * (f * ff) - n * 0x1.7f7d1cp-19f + ff - 2.0f * f) - n * 0x1.62e4p+0f;
+    return (p * (f * ff) - n * 0x1.7f7d1cp-19f + ff - (f + f)) - n * 0x1.62e4p+0f;
 }
 
 struct Pair {
@@ -31,8 +31,9 @@ struct Pair {
 
 // cos and sin of 2 pi u: whole quarters are taken off exactly, what is left stays within pi / 4
 inline Pair turn(F32 scaled) {
-    const F32 shifted = 0x1p-30f * scaled + 0x1.8p+23f;  // rounds 4 u to an integer, which the last bits then hold
-    const F32 y = (scaled - (shifted - 0x1.8p+23f) * 0x1p+30f) * 0x1.921fb6p-30f, yy = y * y;
+    // rounds 2^32 u to a multiple of 2^30, whose number the last bits then hold
+    const F32 shifted = scaled + 0x1.8p+53f;
+    const F32 y = (scaled - (shifted - 0x1.8p+53f)) * 0x1.921fb6p-30f, yy = y * y;
     const F32 s = y + y * yy * ((-0x1.991ed6p-13f * yy + 0x1.1106cap-7f) * yy - 0x1.555544p-3f);
     const F32 c = 1.0f + yy * (yy * ((0x1.9a275cp-16f * yy - 0x1.6c0d2ap-10f) * yy + 0x1.55554cp-5f) - 0.5f);
     const U32 quarter = (U32)shifted << 30;

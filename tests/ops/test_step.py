@@ -222,6 +222,7 @@ def test_given_noise_is_taken_as_it_is():
         ({"variance": "range"}, "4 channels"),
         ({"rows": torch.zeros(7, 5)}, "rows must be"),
         ({"x_in": torch.zeros(5, 2, 5, 7)}, "x_in"),
+        ({"x_in": torch.zeros(3, 1, 5, 7)}, "x_in"),
     ],
 )
 def test_shapes_that_do_not_fit(backend, change, says):
