@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-import fastdiff
+from fastdiff._version import __version__
+from fastdiff.files.atomic import find_folder
 from fastdiff.files.checkpoint import read_folder, write_folder
 from fastdiff.formats.diffusers import read_unet2d, schedule_of
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.tables.schedule import from_spec
 
-_SHIPPED = Path(fastdiff.__file__).parent / "models"
+_SHIPPED = Path(__file__).resolve().parents[1] / "models"
 
 
 def shipped() -> list[str]:
@@ -31,6 +32,16 @@ def _is_diffusers(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("_class_name") == "UNet2DModel"
+
+
+def _meta(folder: Path, net: UNet) -> dict[str, Any]:
+    """Name and, where the config has a sample_size, the shape of an image."""
+    nested = folder / "unet" / "config.json"
+    size = json.loads((nested if nested.is_file() else folder / "config.json").read_text()).get("sample_size")
+    if size is None:
+        return {"name": folder.name}
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"name": folder.name, "shape": [net.in_channels, height, width]}
 
 
 def _ours(folder: Path) -> Denoiser:
@@ -60,15 +71,17 @@ def load(name: str | Path) -> Denoiser:
     folder = Path(name)
     if not folder.exists() and str(name) in shipped():
         folder = _SHIPPED / str(name)
-    if not folder.exists():
+    try:
+        found, _ = find_folder(folder)
+    except FileNotFoundError:
         raise FileNotFoundError(
             f"load: there is no folder {str(name)!r} and no model of that name; accepted: a folder, or one of "
             f"{', '.join(shipped())}"
-        )
-    if _is_diffusers(folder):
-        net, scheduler = read_unet2d(folder)
+        ) from None
+    if _is_diffusers(found):
+        net, scheduler = read_unet2d(found)
         schedule, predicts, defaults = schedule_of(scheduler)
-        return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta={"name": folder.name})
+        return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta=_meta(found, net))
     den = _ours(folder)
     den.meta.setdefault("name", folder.name)
     return den
@@ -87,7 +100,7 @@ def save(den: Denoiser, folder: str | Path, *, dtype: torch.dtype | None = None)
     if den.schedule.spec is None:
         raise ValueError(f"save: schedule {den.schedule.name!r} is made of functions; use a named one or fd.from_betas")
     config: dict[str, Any] = {
-        "fastdiff": fastdiff.__version__,
+        "fastdiff": __version__,
         "net": den.net.config,
         "schedule": den.schedule.spec,
         "predicts": den.predicts,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastdiff.formats.diffusers import WEIGHTS, convert_unet2d, read_unet2d, schedule_of
+from fastdiff.formats.load import load
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.sample import Sampler
 
@@ -405,3 +406,11 @@ def test_defaults_sample_as_diffusers_does(name: str, config: dict) -> None:
         # ours ends in the variance preserving form
         y = y * float(schedule.alpha(np.zeros(1))[0])
     assert far(ours(x=x, steps=10), y) < 2e-6
+
+
+def test_load_knows_the_shape_of_an_image(tmp_path: Path) -> None:
+    config = {"sample_size": (8, 12), "block_out_channels": (32, 32), "layers_per_block": 1, "norm_num_groups": 8}
+    config |= {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "attention_head_dim": 8}
+    diffusers.UNet2DModel(**config).save_pretrained(tmp_path / "net")
+    den = load(tmp_path / "net")
+    assert den.meta == {"name": "net", "shape": [3, 8, 12]}
