@@ -1,0 +1,181 @@
+"""The throughput report: ours and rivals in one run, in turn, checked before they are timed.
+
+    python benchmarks/run.py ops|unet|sampler|all [--device cpu|cuda] [--quick] [--rounds N] [--threads N] [--out DIR]
+
+Prints a table and writes <section>.json (every repetition) and <section>.md under benchmarks/results/<device>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+# behind what is installed: the report is about that, not about a source tree without compiled kernels
+sys.path.append(str(HERE.parent))
+
+from benchmarks.case import Case  # noqa: E402
+from benchmarks.timing import copy_bandwidth, interleaved, ratio  # noqa: E402
+
+SECTIONS = {"ops": ("bench_q_sample", "bench_step"), "unet": ("bench_unet",), "sampler": ("bench_sampler",)}
+SCALE = {"us": 1e6, "ms": 1e3}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a reader must know to repeat a figure."""
+    import fastdiff
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--", "fastdiff", "csrc", "benchmarks"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "threads": torch.get_num_threads(),
+        "commit": said.stdout.strip() + (" with changes" if changed else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "fastdiff": fastdiff.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "triton", "numpy", "diffusers")},
+    }
+
+
+def _processor() -> str:
+    """The processor's name and the vector instructions that decide its speed."""
+    name, flags = platform.machine(), ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            if key.strip() == "flags":
+                flags = value
+    except OSError:
+        pass
+    best = next((isa for isa in ("amx_tile", "avx512f", "avx2") if isa in flags.split()), "")
+    return f"{name} {best}".strip()
+
+
+def backend_of(device: str) -> str:
+    """The backend that is measured on a device: the one that `auto` takes there."""
+    from fastdiff.ops import dispatch
+
+    order = ("cpp", "reference") if device == "cpu" else ("triton", "cuda", "reference")
+    return next(name for name in order if dispatch.reason("step_", name) is None)
+
+
+def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
+    """Check, then time one case."""
+    with torch.no_grad():
+        worst = case.check()
+        taken = interleaved(case.variants, rounds=rounds, device=device)
+    rivals = [n for n in taken if n != case.ours and n not in case.extras]
+    return {
+        "title": case.title,
+        "unit": case.unit,
+        "ours": case.ours,
+        "difference": worst,
+        "median": {n: statistics.median(v) for n, v in taken.items()},
+        "ratio": {n: ratio(taken, n, case.ours) for n in taken if n != case.ours},
+        "best_rival": min((ratio(taken, n, case.ours) for n in rivals), default=None),
+        "extras": list(case.extras),
+        "bytes": case.bytes_moved,
+        "skipped": case.skipped or {},
+        "seconds": taken,
+    }
+
+
+def lines(result: dict[str, Any], copy: float) -> list[str]:
+    """One case as rows of a Markdown table."""
+    out = [f"### {result['title']}", "", "| variant | median | ours is faster by |", "|---|---|---|"]
+    for name, seconds in result["median"].items():
+        cell = f"{seconds * SCALE[result['unit']]:.1f} {result['unit']}"
+        if name == result["ours"]:
+            share = ""
+            if result["bytes"]:
+                rate = result["bytes"] / seconds
+                share = f"{rate / 1e9:.1f} GB/s, {100 * rate / copy:.0f} % of copy"
+            out.append(f"| **{name}** | **{cell}** | {share} |")
+        else:
+            beside = " (beside)" if name in result["extras"] else ""
+            out.append(f"| {name}{beside} | {cell} | {result['ratio'][name]:.2f}x |")
+    out += [f"| {name} | not there: {why} | |" for name, why in result["skipped"].items()]
+    best = result["best_rival"]
+    against = "" if best is None else f"; against the best rival: {best:.2f}x"
+    return [*out, "", f"Largest difference from the reference {result['difference']:.1e}{against}.", ""]
+
+
+def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[str, Any], str]:
+    """Run one section; returns the record and the Markdown."""
+    about = machine(device)
+    copy = copy_bandwidth(device, 64 if quick else 256)
+    head = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
+    text = [f"# fastdiff: {section}", "", head, "", f"Copy bandwidth (read + write): {copy / 1e9:.1f} GB/s."]
+    text += [f"{rounds} rounds, variants in turn; medians, and medians of the ratios of a round.", ""]
+    text += ["Rows marked (beside) do other or less work than ours; they are not counted as rivals.", ""]
+    print("\n".join(text), flush=True)
+    results = []
+    for name in SECTIONS[section]:
+        module = importlib.import_module(f"benchmarks.{name}")
+        try:
+            for case in module.cases(device, backend_of(device), quick):
+                results.append(measure(case, rounds, device))
+                text += lines(results[-1], copy)
+                print("\n".join(lines(results[-1], copy)), flush=True)
+        except ImportError as error:
+            text.append(f"{name}: skipped, {error}")
+            print(text[-1])
+    return {"machine": about, "copy_bytes_per_second": copy, "rounds": rounds, "cases": results}, "\n".join(text)
+
+
+def main() -> int:
+    """Parse, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", choices=[*SECTIONS, "all"], nargs="?", default="all")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="small shapes, nothing compiled: a minute")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=None, help="torch's threads")
+    parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here; pass --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    about = machine(args.device)
+    name = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
+    out = args.out or HERE / "results" / name
+    out.mkdir(parents=True, exist_ok=True)
+    for section in SECTIONS if args.section == "all" else (args.section,):
+        record, text = report(section, args.device, args.rounds, args.quick)
+        (out / f"{section}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"{section}.md").write_text(text + "\n")
+        print(f"wrote {out / section}.json and .md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
