@@ -126,8 +126,8 @@ def check(x: Tensor, x_in: Tensor | None, h: Tensor, F: Tensor, rows: Tensor, va
         x_in.shape[0] not in (n, 2 * n) or x_in.shape[1] < channels or list(x_in.shape[2:]) != space
     ):
         raise ValueError(
-            f"step_: x_in {tuple(x_in.shape)} does not fit the state {tuple(x.shape)}; accepted: {n} or {2 * n} images, "
-            f"at least {channels} channels, the same size"
+            f"step_: x_in {tuple(x_in.shape)} does not fit the state {tuple(x.shape)}; accepted: {n} or {2 * n} "
+            f"images, at least {channels} channels, the same size"
         )
     if rows.ndim != 2 or rows.shape[1] != row.COLUMNS:
         raise ValueError(f"step_: rows must be (lines, {row.COLUMNS}), got {tuple(rows.shape)}; see fastdiff.plan")
