@@ -13,85 +13,47 @@ from typing import TYPE_CHECKING, Any
 from fastdiff._version import __version__
 
 if TYPE_CHECKING:
-    from fastdiff import nn as nn
-    from fastdiff import ops as ops
-    from fastdiff import row as row
+    from fastdiff import ops as ops, row as row
     from fastdiff._doctor import doctor as doctor
     from fastdiff.files.data import load_data as load_data
     from fastdiff.files.images import save_grid as save_grid
-    from fastdiff.formats.load import load as load
-    from fastdiff.formats.load import save as save
+    from fastdiff.formats.load import load as load, save as save
     from fastdiff.nn.unet import UNet as UNet
-    from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable
-    from fastdiff.ops.dispatch import backend as backend
-    from fastdiff.ops.dispatch import why as why
+    from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable, backend as backend, why as why
     from fastdiff.sampling.denoiser import Denoiser as Denoiser
     from fastdiff.sampling.forward import q_sample as q_sample
     from fastdiff.sampling.guidance import cfg as cfg
-    from fastdiff.sampling.run import auto as auto
-    from fastdiff.sampling.run import eager as eager
-    from fastdiff.sampling.sample import Sampler as Sampler
-    from fastdiff.sampling.sample import sample as sample
+    from fastdiff.sampling.run import auto as auto, eager as eager
+    from fastdiff.sampling.sample import Sampler as Sampler, sample as sample
     from fastdiff.tables.plan import plan as plan
     from fastdiff.tables.schedule import (
         Schedule as Schedule,
-    )
-    from fastdiff.tables.schedule import (
         cosine as cosine,
-    )
-    from fastdiff.tables.schedule import (
         edm as edm,
-    )
-    from fastdiff.tables.schedule import (
         flow as flow,
-    )
-    from fastdiff.tables.schedule import (
         from_betas as from_betas,
-    )
-    from fastdiff.tables.schedule import (
         linear as linear,
-    )
-    from fastdiff.tables.schedule import (
         scaled_linear as scaled_linear,
-    )
-    from fastdiff.tables.schedule import (
+        schedule as schedule,
         sigmoid as sigmoid,
-    )
-    from fastdiff.tables.schedule import (
         sub_vp as sub_vp,
-    )
-    from fastdiff.tables.schedule import (
         ve as ve,
-    )
-    from fastdiff.tables.schedule import (
         vp as vp,
     )
     from fastdiff.tables.solvers import (
         SOLVERS as SOLVERS,
-    )
-    from fastdiff.tables.solvers import (
         Table as Table,
-    )
-    from fastdiff.tables.solvers import (
         ddim as ddim,
-    )
-    from fastdiff.tables.solvers import (
         ddpm as ddpm,
-    )
-    from fastdiff.tables.solvers import (
         dpmpp_2m as dpmpp_2m,
-    )
-    from fastdiff.tables.solvers import (
         euler as euler,
-    )
-    from fastdiff.tables.solvers import (
         heun as heun,
     )
     from fastdiff.training.fit import fit as fit
     from fastdiff.training.losses import loss as loss
 
 _HOMES = {
-    "fastdiff": ("nn", "ops", "row"),
+    "fastdiff": ("ops", "row"),
     "fastdiff._doctor": ("doctor",),
     "fastdiff.files.data": ("load_data",),
     "fastdiff.files.images": ("save_grid",),
@@ -106,7 +68,7 @@ _HOMES = {
     "fastdiff.tables.plan": ("plan",),
     "fastdiff.tables.schedule": (
         *("Schedule", "cosine", "edm", "flow", "from_betas", "linear", "scaled_linear"),
-        *("sigmoid", "sub_vp", "ve", "vp"),
+        *("schedule", "sigmoid", "sub_vp", "ve", "vp"),
     ),
     "fastdiff.tables.solvers": ("SOLVERS", "Table", "ddim", "ddpm", "dpmpp_2m", "euler", "heun"),
     "fastdiff.training.fit": ("fit",),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,20 +12,11 @@ import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.cli import COMMANDS, main
-from fastdiff.cli import train as cli_train
+from fastdiff.cli import COMMANDS, main, train as cli_train
 from fastdiff.files.images import read_meta, to_uint8
+from tests.process import python
 
-HOME = Path(fd.__file__).parents[1]
 SHAPE = (1, 8, 8)
-
-
-def python(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own that sees the package under test and not the checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(HOME), **env}
-    return subprocess.run(
-        [sys.executable, "-P", *args], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.ops import dispatch
-from tests.test_cli import python
+from tests.process import python
 
 
 def installed(folder: Path, name: str, version: str, record: str = "") -> None:

@@ -1,13 +1,13 @@
 """Imports point down, and nothing heavy or optional is imported where it need not be."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import fastdiff
+from tests.process import python
 
 ROOT = Path(fastdiff.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -104,9 +104,7 @@ print(tuple(x.shape))
 
 
 def test_the_package_imports_and_samples_without_its_optional_parts():
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(blocked=LAZY)], capture_output=True, text=True, check=False
-    )
+    done = python("-c", BLOCKED.format(blocked=LAZY))
     assert done.stdout.strip() == "(2, 1, 4, 4)", done.stderr
 
 
@@ -116,8 +114,5 @@ def test_import_time():
         "import torch, numpy, time; s = time.perf_counter(); import fastdiff as fd; "
         "[getattr(fd, n) for n in fd.__all__]; print(time.perf_counter() - s)"
     )
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
-    ]
+    seconds = [float(python("-c", code).stdout) for _ in range(3)]
     assert min(seconds) <= 0.2, seconds

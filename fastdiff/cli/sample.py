@@ -62,6 +62,7 @@ def run(options: Options) -> int:
 
     import fastdiff as fd
     from fastdiff.files import images
+    from fastdiff.sampling.defaults import choose
 
     if o.solver is not None and o.solver not in fd.SOLVERS:
         raise ValueError(f"--solver {o.solver!r} is unknown; accepted: {', '.join(fd.SOLVERS)}")
@@ -77,12 +78,12 @@ def run(options: Options) -> int:
         x = _sample(o, den, labels, w)
         seconds = time.perf_counter() - start
         backend = _backend(x[:1].to(where))
-    solver, steps = _solver(o, den), _steps(o, den)
+    choice = choose(den, o.solver, o.steps, o.spacing)
     meta = {
         "model": den.meta.get("name") or Path(o.model).name,
         "seed": o.seed,
-        "solver": solver,
-        "steps": steps,
+        "solver": choice.name,
+        "steps": choice.steps,
         "guidance": w,
     }
     meta |= {"options": _given(o), "fastdiff": fd.__version__, "torch": torch.__version__}
@@ -94,7 +95,7 @@ def run(options: Options) -> int:
         names: list[int | None] = [None] * o.n if labels is None else [*labels]
         images.save_images(x, o.out, meta=[meta | {"index": i, "label": label} for i, label in enumerate(names)])
     rate = f"{o.n} images in {seconds:.1f} s ({o.n / seconds:.1f} images/s)"
-    print(f"{o.out}: {rate}, {solver}, {steps or o.spacing} steps, step_ on {backend}")
+    print(f"{o.out}: {rate}, {choice.name}, {choice.steps or choice.spacing} steps, step_ on {backend}")
     return 0
 
 
@@ -155,7 +156,7 @@ def _sample(o: Options, den: Denoiser, labels: list[int] | None, w: float | None
             den,
             (len(number), *den.meta["shape"]),
             o.solver,
-            steps=_steps(o, den),
+            steps=o.steps,
             spacing=o.spacing,
             seed=o.seed,
             index=number,
@@ -176,22 +177,6 @@ def _given(o: Options) -> dict[str, Any]:
     return {name: str(value) if value == math.inf else value for name, value in rest.items() if value is not None}
 
 
-def _solver(o: Options, den: Denoiser) -> str:
-    import fastdiff as fd
-
-    own = den.defaults.get("solver") or "ddim"
-    return o.solver or next((name for name, f in fd.SOLVERS.items() if f is own), str(own))
-
-
-def _steps(o: Options, den: Denoiser) -> int | None:
-    """Steps asked for, the model's or the solver's own; None where the spacing counts them (ddim25, 10,15,20)."""
-    spacing = str(o.spacing or den.defaults.get("spacing") or "")
-    if o.steps is not None or any(c.isdigit() for c in spacing):
-        return o.steps
-    own = den.schedule.T if _solver(o, den) == "ddpm" and den.schedule.T else 50
-    return int(den.defaults.get("steps") or own)
-
-
 def _backend(x: Tensor) -> str:
     """Which backend `step_` runs on for a state like x."""
     import torch
@@ -199,11 +184,8 @@ def _backend(x: Tensor) -> str:
     from fastdiff import row
     from fastdiff.ops import dispatch
 
-    arguments = (x, x, torch.zeros_like(x).expand(row.SLOTS, *x.shape), x, x.new_zeros(2, row.COLUMNS), None)
-    asked = dispatch.asked()
-    return (
-        asked if asked != "auto" else next(b for b in dispatch.BACKENDS if not dispatch.reason("step_", b, *arguments))
-    )
+    history = torch.zeros_like(x).expand(row.SLOTS, *x.shape)
+    return dispatch.chosen("step_", x, x, history, x, x.new_zeros(2, row.COLUMNS), None)
 
 
 def _columns(classes: list[int], n: int) -> int | None:

@@ -67,7 +67,8 @@ def read_folder(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str,
         # a writer may move this checkpoint while we read it: then neither the result nor the error counts
         try:
             result = _read(found[0])
-        except ValueError:
+        # RuntimeError is torch's for a file that is gone when it maps it
+        except (ValueError, RuntimeError, OSError):
             if find_folder(path) == found:
                 raise
         else:

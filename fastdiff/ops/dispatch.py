@@ -83,18 +83,20 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
+def chosen(op: str, *args: Any) -> str:
+    """The name of the backend that will run `op` with these arguments. Raises BackendUnavailable."""
+    name = asked()
+    if name == "auto":
+        return next(n for n in BACKENDS if n in _table[op] and reason(op, n, *args) is None)
+    why_not = reason(op, name, *args)
+    if why_not is not None:
+        raise BackendUnavailable(f"{op} on {name}: {why_not}; use fd.backend('auto') or see `fastdiff doctor`")
+    return name
+
+
 def choose(op: str, *args: Any) -> Callable[..., Any]:
     """The function that will run `op` with these arguments. Raises BackendUnavailable."""
-    name = asked()
-    if name != "auto":
-        why_not = reason(op, name, *args)
-        if why_not is not None:
-            raise BackendUnavailable(f"{op} on {name}: {why_not}; use fd.backend('auto') or see `fastdiff doctor`")
-        return _table[op][name].run
-    for candidate, entry in ((n, _table[op][n]) for n in BACKENDS if n in _table[op]):
-        if candidate == "reference" or (entry.missing() or entry.refuses(*args)) is None:
-            return entry.run
-    raise AssertionError(f"{op} has no reference")
+    return _table[op][chosen(op, *args)].run
 
 
 def why(op: str, *args: Any) -> str:

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.ops import philox
-from fastdiff.ops import q_sample as noised
+from fastdiff.ops import philox, q_sample as noised
 from fastdiff.tables.schedule import Schedule
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,20 +16,8 @@ Each = Callable[[int, Tensor, Tensor], Tensor | None]
 """each(i, x, x0) after grid step i, with copies; what it returns, if anything, replaces x."""
 
 
-class Runner(Protocol):
-    """Runs all rows of a plan on a state. rows: the plan's float64 numbers, (K + 1, columns), on the host."""
-
-    def __call__(
-        self,
-        program: Program,
-        s: State,
-        rows: np.ndarray[Any, Any],
-        *,
-        each: Each | None = None,
-        noise: Iterator[Tensor] | None = None,
-        tick: Callable[[], object] | None = None,
-    ) -> None:
-        """Leave the result in s.x and the first bad rows in s.bad."""
+Runner = Callable[..., None]
+"""A function with the arguments of `eager`: leaves the result in s.x and the first bad rows in s.bad."""
 
 
 def eager(
@@ -43,7 +31,8 @@ def eager(
 ) -> None:
     """Row by row from Python, reading nothing back from the device.
 
-    Rows with W = 1 call the network on the conditional half only. noise: an iterator of z, one for each row that draws.
+    rows: the plan's float64 numbers on the host, (K + 1, columns); s holds them cast, on the device. Rows with W = 1
+    call the network on the conditional half only. noise: an iterator of z, one for each row that draws.
     """
     n, done = len(s.x), 0
     for k, r in enumerate(rows[:-1]):

@@ -13,15 +13,12 @@ from torch import Tensor
 
 from fastdiff import row
 from fastdiff.ops import dispatch, philox
+from fastdiff.sampling.defaults import Choice, Solver, Spacing, choose
 from fastdiff.sampling.denoiser import Denoiser, told_times
 from fastdiff.sampling.guidance import Cond, Guidance, cat_cond, map_cond
 from fastdiff.sampling.run import Each, Runner, auto
 from fastdiff.sampling.state import Program, State, enter, prior
 from fastdiff.tables.plan import plan
-from fastdiff.tables.schedule import Schedule
-from fastdiff.tables.solvers import SOLVERS, Table
-
-Solver = Callable[..., Table] | str
 
 
 class Job(NamedTuple):
@@ -32,48 +29,28 @@ class Job(NamedTuple):
     guided: bool
 
 
-def _solver(solver: Solver | None) -> Callable[..., Table]:
-    if isinstance(solver, str):
-        if solver not in SOLVERS:
-            raise ValueError(f"solver={solver!r} is unknown; accepted: {', '.join(SOLVERS)}, or a function of yours")
-        return SOLVERS[solver]
-    return SOLVERS["ddim"] if solver is None else solver
-
-
 def _rows(
     den: Denoiser,
-    solver: Solver | None,
-    steps: int | None,
-    spacing: Any,
+    choice: Choice,
     times: Sequence[float] | None,
     clip: float | None,
     guidance: Guidance | None,
     options: dict[str, Any],
 ) -> np.ndarray[Any, Any]:
-    """The plan of a call: what the caller said, then the Denoiser's defaults, then ours (ddim, 50 steps)."""
-    given = dict(den.defaults)
-    own, named = _solver(given.pop("solver", None)), given.pop("options", {})
-    chosen = own if solver is None else _solver(solver)
-    default_steps, default_spacing, default_clip = (given.pop(k, None) for k in ("steps", "spacing", "clip"))
-    if times is None:
-        spacing = default_spacing if spacing is None else spacing
-        counts_itself = isinstance(spacing, str) and any(c.isdigit() for c in spacing)
-        if steps is None and not counts_itself:
-            steps = default_steps or (den.schedule.T if chosen is SOLVERS["ddpm"] and den.schedule.T else 50)
-    else:
-        # explicit times say it all: what fills a grid has no place beside them
-        given = {k: v for k, v in given.items() if k not in ("final", "t_end", "denoise", "steps_offset")}
+    """The numbers of a call, float64 on the host; the caller's options go before the Denoiser's."""
+    given = {"clip": None, **choice.options, **options}
+    own_clip = given.pop("clip")
     return plan(
         den.schedule,
         den.predicts,
-        chosen,
-        steps=steps,
-        spacing=spacing,
+        choice.solver,
+        steps=choice.steps,
+        spacing=choice.spacing,
         times=times,
-        clip=default_clip if clip is None else clip,
+        clip=own_clip if clip is None else clip,
         w=1.0 if guidance is None else guidance.weight,
         sigma_data=den.sigma_data,
-        **{**given, **(named if chosen is own else {}), **options},
+        **given,
     )
 
 
@@ -181,7 +158,7 @@ class Sampler:
         solver: Solver | None = None,
         *,
         steps: int | None = None,
-        spacing: str | Callable[[Schedule, int], Any] | None = None,
+        spacing: Spacing | None = None,
         times: Sequence[float] | None = None,
         x: Tensor | None = None,
         noise: Iterable[Tensor] | None = None,
@@ -195,7 +172,7 @@ class Sampler:
         **options: Any,
     ) -> Tensor:
         """One run; the arguments of `fd.sample`."""
-        rows = _rows(self.den, solver, steps, spacing, times, clip, guidance, options)
+        rows = _rows(self.den, choose(self.den, solver, steps, spacing, times), times, clip, guidance, options)
         guided = bool((rows[:-1, row.W] != 1).any())
         cond = _images(cond, self.shape[0], self._x.device)
         if guided and guidance is not None:
@@ -228,7 +205,7 @@ def sample(
     solver: Solver | None = None,
     *,
     steps: int | None = None,
-    spacing: str | Callable[[Schedule, int], Any] | None = None,
+    spacing: Spacing | None = None,
     times: Sequence[float] | None = None,
     x: Tensor | None = None,
     noise: Iterable[Tensor] | None = None,

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from fastdiff import row
 from fastdiff.tables.curve import Array, Schedule
-from fastdiff.tables.grid import Levels, levels
-from fastdiff.tables.grid import times as grid_times
+from fastdiff.tables.grid import Levels, levels, times as grid_times
 from fastdiff.tables.predict import PREDICTS, direction, predict
 from fastdiff.tables.promise import check
 from fastdiff.tables.solvers import Solver, Table

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.ops import philox
-from fastdiff.ops import q_sample as noised
+from fastdiff.ops import philox, q_sample as noised
 from fastdiff.sampling.denoiser import Denoiser, told_times
 from fastdiff.sampling.forward import marginals
 from fastdiff.sampling.guidance import Cond

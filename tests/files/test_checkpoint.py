@@ -22,6 +22,7 @@ import torch
 
 from fastdiff.files import atomic, checkpoint
 from fastdiff.files.checkpoint import read_folder, write_folder
+from tests.process import environment
 
 CONFIG = {"predicts": "v", "net": {"channels": 8, "mults": [1, 2]}, "beta": 1e-05, "note": "häh", "none": None}
 
@@ -450,10 +451,8 @@ while True:
 
 def test_killed_writer(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    root = Path(__file__).parents[2]
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        [sys.executable, "-P", "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, env=environment()
     ) as writer:  # fmt: skip
         assert writer.stdout is not None
         said = [int(writer.stdout.readline()) for _ in range(random.randrange(3, 30))][-1]

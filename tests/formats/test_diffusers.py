@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,8 @@ from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.sample import Sampler
 
 diffusers = pytest.importorskip("diffusers")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 # its schedulers call NumPy in a way that NumPy 2 warns of
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
 
@@ -91,15 +92,6 @@ CONDS = {
     "timestep": torch.tensor([4.0, 300.0]),
     "identity": torch.randn(2, 32, generator=torch.Generator().manual_seed(3)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # nets this small spend their time waiting for a second thread, minutes of it on a busy machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def peer(name: str) -> nn.Module:

@@ -65,9 +65,7 @@ def test_half_size_weights(den, tmp_path):
 def test_what_cannot_be_saved(den, tmp_path):
     with pytest.raises(ValueError, match="the network is a"):
         fd.save(fd.Denoiser(lambda x, t, c: x, fd.cosine()), tmp_path / "model")
-    from fastdiff.tables.schedule import schedule
-
-    mine = schedule(lambda t: 1 - t, lambda t: t)
+    mine = fd.schedule(lambda t: 1 - t, lambda t: t)
     with pytest.raises(ValueError, match="made of functions"):
         fd.save(fd.Denoiser(den.net, mine, "v"), tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -1,7 +1,6 @@
 """The U-Net against itself in other dimensions, weights and layouts; `tests/formats/test_diffusers.py` has a rival."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,17 +9,10 @@ from torch import nn
 from fastdiff.nn.layers import Attention, GroupNorm
 from fastdiff.nn.unet import UNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"channels": 8, "mults": (1, 2), "blocks": 1, "groups": 4, "head_channels": 4}
 ADM = {"scale_shift": True, "resample_blocks": True}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # nets this small spend their time waiting for a second thread, minutes of it on a busy machine
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:

@@ -16,27 +16,15 @@ from fastdiff import row
 from fastdiff.ops import dispatch, native
 from fastdiff.ops.step import step_cpp_
 from tests.ops.cases import Case, inputs, run
+from tests.process import python
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp"))
 needs_kernels = pytest.mark.skipif(native.cpu is None, reason=str(native.missing()))
 
 
-def python(code, folder=ROOT, **variables):
-    """Run code in a fresh interpreter at `folder`."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("FASTDIFF_")} | {"PYTHONPATH": str(folder)}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def output(*args, **variables):
-    done = python(*args, **variables)
+def output(code, **given):
+    done = python("-c", code, **given)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -132,7 +120,7 @@ def test_every_isa_gives_the_same_bits():
 @needs_kernels
 @pytest.mark.parametrize("module", ["fastdiff._cpu", "fastdiff.ops.native"])
 def test_an_isa_that_is_none(module):
-    done = python(f"import {module}", FASTDIFF_ISA="v9")
+    done = python("-c", f"import {module}", FASTDIFF_ISA="v9")
     assert done.returncode == 1
     assert "ImportError: FASTDIFF_ISA=v9 is unknown to this build; accepted here: " in done.stderr
 
@@ -195,7 +183,8 @@ def test_sources_compile_for_aarch64():
 @pytest.fixture
 def checkout(tmp_path):
     """The sources alone, without compiled files."""
-    pytest.importorskip("setuptools", reason="setuptools builds the kernels")
+    for needed in ("setuptools", "pybind11", "ninja"):
+        pytest.importorskip(needed, reason=f"{needed} builds the kernels")
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("csrc", "fastdiff"):
@@ -223,7 +212,7 @@ from fastdiff.ops import dispatch, q_sample
 x0, t, table = torch.ones(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64), torch.ones(1, 2)
 print(q_sample(x0, t, table, noise=x0).sum().item(), dispatch.reason("q_sample", "cpp"))
 """
-    assert re.match(r"16\.0 fastdiff\._cpu was not built .* install g\+\+", output(code, checkout))
+    assert re.match(r"16\.0 fastdiff\._cpu was not built .* install g\+\+", output(code, home=checkout))
 
 
 @needs_kernels

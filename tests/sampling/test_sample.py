@@ -12,6 +12,8 @@ from fastdiff import row
 from fastdiff.ops import philox
 from tests.sampling.foreign import ForeignUNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SOLVERS = [
     ("ddim", {}),
     ("ddim", {"eta": 0.7}),
@@ -325,9 +327,7 @@ def test_a_users_own_solver_schedule_and_network():
         coef[:, 0], coef[:, 1] = v / u, 1 - v / u
         return fd.Table(u, coef, np.zeros((len(u), 2)), np.ones(len(u)), 0.0, None, None)
 
-    from fastdiff.tables.schedule import schedule
-
-    mine = schedule(np.cos, np.sin, t_max=1.5, t_end=0.01)
+    mine = fd.schedule(np.cos, np.sin, t_max=1.5, t_end=0.01)
     den = fd.Denoiser(lambda x, t, cond: 0.3 * x, mine, "v")
     times = np.linspace(1.5, 0.01, 12)
     a = fd.sample(den, (2, 1, 4, 4), my_euler, times=times)

@@ -13,6 +13,8 @@ from fastdiff.ops import philox
 from fastdiff.training.fit import batches, order
 from fastdiff.training.losses import draw_times
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 class Constant(torch.nn.Module):
     """F = weight * x, so that losses have closed forms."""
