@@ -29,6 +29,7 @@ from benchmarks.case import Case  # noqa: E402
 from benchmarks.timing import copy_bandwidth, interleaved, ratio  # noqa: E402
 
 SECTIONS = {"ops": ("bench_q_sample", "bench_step"), "unet": ("bench_unet",), "sampler": ("bench_sampler",)}
+LARGE = 1 << 27
 SCALE = {"us": 1e6, "ms": 1e3}
 
 
@@ -43,11 +44,11 @@ def machine(device: str) -> dict[str, Any]:
             return None
 
     said = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE.parent, capture_output=True, text=True, check=False
     )
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--", "fastdiff", "csrc", "benchmarks"],
-        cwd=HERE,
+        cwd=HERE.parent,
         capture_output=True,
         text=True,
         check=False,
@@ -117,7 +118,10 @@ def lines(result: dict[str, Any], copy: float) -> list[str]:
             share = ""
             if result["bytes"]:
                 rate = result["bytes"] / seconds
-                share = f"{rate / 1e9:.1f} GB/s, {100 * rate / copy:.0f} % of copy"
+                share = f"{rate / 1e9:.1f} GB/s"
+                # smaller ones stay in the caches, where a share of the memory's speed says nothing
+                if result["bytes"] >= LARGE:
+                    share += f", {100 * rate / copy:.0f} % of copy"
             out.append(f"| **{name}** | **{cell}** | {share} |")
         else:
             beside = " (beside)" if name in result["extras"] else ""
