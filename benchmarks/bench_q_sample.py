@@ -35,13 +35,13 @@ def case(shape: tuple[int, ...], *, noise: bool, device: str, backend: str, comp
     if noise:
         given = {"seed": philox.seed_tensor(1, device), "index": torch.arange(shape[0], device=device), "eps": True}
     with fd.backend(backend):
-        run = dispatch.choose("q_sample", x0, t, table, None if noise else z)
+        run = dispatch.choose("q_sample", x0, t, table, **{k: v for k, v in given.items() if k != "eps"})
     ours = f"ours ({backend})"
     variants: dict[str, Any] = {
         ours: lambda: run(x0, t, table, **given),
         "eager reference": lambda: q_sample_ref(x0, t, table, **given),
     }
-    skipped, extras = {}, []
+    skipped: dict[str, str] = {}
     if compiled:
         part = torch.compile(q_sample_ref, fullgraph=True, dynamic=False)
         variants["compiled reference"] = lambda: part(x0, t, table, **given)
@@ -56,7 +56,6 @@ def case(shape: tuple[int, ...], *, noise: bool, device: str, backend: str, comp
         scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         draw = (lambda: torch.randn_like(x0)) if noise else (lambda: z)
         variants["diffusers add_noise"] = lambda: scheduler.add_noise(x0, draw(), t)
-        extras.append("diffusers add_noise")
     except ImportError as error:
         skipped["diffusers add_noise"] = str(error)
 
@@ -67,15 +66,8 @@ def case(shape: tuple[int, ...], *, noise: bool, device: str, backend: str, comp
         return worst
 
     kind = "noise in the kernel, eps returned" if noise else "given noise"
-    return Case(
-        f"q_sample {shape} fp32, {kind}",
-        ours,
-        variants,
-        check,
-        3 * 4 * x0.numel(),
-        skipped=skipped,
-        extras=tuple(extras),
-    )
+    title = f"q_sample {shape} fp32, {kind}"
+    return Case(title, ours, variants, check, 3 * 4 * x0.numel(), skipped=skipped)
 
 
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:

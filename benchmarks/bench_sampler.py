@@ -60,9 +60,9 @@ def case(
     except ImportError as error:
         skipped["diffusers DDIMScheduler loop"] = str(error)
 
-    def check() -> float:
+    def check() -> float | None:
         if skipped:
-            return 0.0
+            return None
         # with noise the two draw different numbers: the deterministic loops are what can be compared
         worst = float((ours(0.0) - _their_loop(den, x, cond, 0.0, steps)()).abs().max())
         assert worst <= 1e-3, worst
@@ -85,10 +85,7 @@ def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
         yield case("digits U-Net of 0.4 M", digits, (n, 1, 8, 8), 0.0, torch.arange(n, device=device) % 10)
     if quick:
         return
-    try:
-        net = pair(CIFAR10, device)[0]
-    except ImportError:
-        return
+    net = pair(CIFAR10, device)[0]
     # random weights at full strength make the loop chaotic: no two roundings of it would agree
     torch.nn.init.normal_(net.out.weight, std=1e-3)
     yield case("DDPM CIFAR-10", fd.Denoiser(net, fd.linear(), "eps"), (4, 3, 32, 32), 0.0, steps=10)

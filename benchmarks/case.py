@@ -14,12 +14,11 @@ class Case(NamedTuple):
     title: str
     ours: str
     variants: Variants
-    check: Callable[[], float]
-    """Runs it once; returns the largest difference from the reference, raises AssertionError above the bound."""
+    check: Callable[[], float | None]
+    """Runs it once; returns the largest difference from the reference, None where there is none to compare with; raises
+    AssertionError above the bound."""
     bytes_moved: int | None = None
     """Bytes that `ours` must move, for the share of copy bandwidth."""
     unit: str = "us"
     skipped: dict[str, str] | None = None
     """Rivals that are not there, and why."""
-    extras: tuple[str, ...] = ()
-    """Variants that do other or less work: shown beside, not counted among the rivals."""

@@ -43,25 +43,25 @@ def machine(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    said = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE.parent, capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        ["git", "status", "--porcelain", "--", "fastdiff", "csrc", "benchmarks"],
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    changed = _git("status", "--porcelain", "--", "fastdiff", "csrc", "benchmarks/*.py")
     return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
         "threads": torch.get_num_threads(),
-        "commit": said.stdout.strip() + (" with changes" if changed else ""),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
         "fastdiff": fastdiff.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "triton", "numpy", "diffusers")},
     }
+
+
+def _git(*args: str) -> str:
+    """What git says of this checkout, nothing where there is none."""
+    try:
+        done = subprocess.run(["git", *args], cwd=HERE.parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _processor() -> str:
@@ -93,7 +93,7 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
     with torch.no_grad():
         worst = case.check()
         taken = interleaved(case.variants, rounds=rounds, device=device)
-    rivals = [n for n in taken if n != case.ours and n not in case.extras]
+    rivals = [n for n in taken if n != case.ours]
     return {
         "title": case.title,
         "unit": case.unit,
@@ -102,7 +102,6 @@ def measure(case: Case, rounds: int, device: str) -> dict[str, Any]:
         "median": {n: statistics.median(v) for n, v in taken.items()},
         "ratio": {n: ratio(taken, n, case.ours) for n in taken if n != case.ours},
         "best_rival": min((ratio(taken, n, case.ours) for n in rivals), default=None),
-        "extras": list(case.extras),
         "bytes": case.bytes_moved,
         "skipped": case.skipped or {},
         "seconds": taken,
@@ -124,12 +123,13 @@ def lines(result: dict[str, Any], copy: float) -> list[str]:
                     share += f", {100 * rate / copy:.0f} % of copy"
             out.append(f"| **{name}** | **{cell}** | {share} |")
         else:
-            beside = " (beside)" if name in result["extras"] else ""
-            out.append(f"| {name}{beside} | {cell} | {result['ratio'][name]:.2f}x |")
+            out.append(f"| {name} | {cell} | {result['ratio'][name]:.2f}x |")
     out += [f"| {name} | not there: {why} | |" for name, why in result["skipped"].items()]
     best = result["best_rival"]
     against = "" if best is None else f"; against the best rival: {best:.2f}x"
-    return [*out, "", f"Largest difference from the reference {result['difference']:.1e}{against}.", ""]
+    worst = result["difference"]
+    checked = "Not compared with a reference" if worst is None else f"Largest difference from the reference {worst:.1e}"
+    return [*out, "", f"{checked}{against}.", ""]
 
 
 def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[str, Any], str]:
@@ -139,7 +139,6 @@ def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[st
     head = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
     text = [f"# fastdiff: {section}", "", head, "", f"Copy bandwidth (read + write): {copy / 1e9:.1f} GB/s."]
     text += [f"{rounds} rounds, variants in turn; medians, and medians of the ratios of a round.", ""]
-    text += ["Rows marked (beside) do other or less work than ours; they are not counted as rivals.", ""]
     print("\n".join(text), flush=True)
     results = []
     for name in SECTIONS[section]:
@@ -149,8 +148,9 @@ def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[st
                 results.append(measure(case, rounds, device))
                 text += lines(results[-1], copy)
                 print("\n".join(lines(results[-1], copy)), flush=True)
-        except ImportError as error:
-            text.append(f"{name}: skipped, {error}")
+        except (ImportError, RuntimeError) as error:
+            # what is missing or does not compile here costs its own rows, not the report; a wrong result stops it
+            text.append(f"{name}: the rest is skipped, {type(error).__name__}: {error}")
             print(text[-1])
     return {"machine": about, "copy_bytes_per_second": copy, "rounds": rounds, "cases": results}, "\n".join(text)
 
@@ -171,7 +171,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
     name = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
-    out = args.out or HERE / "results" / name
+    out = args.out or HERE / "results" / name / ("quick" if args.quick else "")
     out.mkdir(parents=True, exist_ok=True)
     for section in SECTIONS if args.section == "all" else (args.section,):
         record, text = report(section, args.device, args.rounds, args.quick)

@@ -1,4 +1,4 @@
-"""fastdiff: sample, train and score diffusion models in PyTorch, fast, with numbers one can check.
+"""fastdiff: sample from and train diffusion models in PyTorch, fast, with numbers one can check.
 
     import fastdiff as fd
     den = fd.load("digits")

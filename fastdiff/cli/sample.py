@@ -185,7 +185,7 @@ def _backend(x: Tensor) -> str:
     from fastdiff.ops import dispatch
 
     history = torch.zeros_like(x).expand(row.SLOTS, *x.shape)
-    return dispatch.chosen("step_", x, x, history, x, x.new_zeros(2, row.COLUMNS), None)
+    return dispatch.chosen("step_", x, x, history, x, x.new_zeros(2, row.COLUMNS))
 
 
 def _columns(classes: list[int], n: int) -> int | None:

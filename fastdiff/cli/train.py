@@ -100,7 +100,7 @@ def _mults(text: str) -> tuple[int, ...]:
 def _new_folder(name: str, overwrite: bool) -> Path:
     """The folder to write, checked before the work: new or empty, or a checkpoint that may be replaced."""
     if not name:
-        raise ValueError("--out is missing; pass the folder that the checkpoint shall go to")
+        raise ValueError("--out is missing; pass the folder that the checkpoint is written to")
     out = Path(name)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; pass a new folder")
@@ -143,6 +143,7 @@ def _denoiser(o: Options, data: Data, mults: tuple[int, ...]) -> Denoiser:
         blocks=o.blocks,
         attention=attention,
         classes=classes or None,
+        null_class=o.drop > 0,
     )
     schedule = fd.cosine() if o.schedule == "cosine" else fd.linear()
     own = ("out", "device", "overwrite", "progress")
@@ -168,7 +169,6 @@ def _write(o: Options, out: Path, ema: Denoiser, data: Data, log: list[dict[str,
     columns = count if 0 < count <= 20 else 8
     n = 4 * columns
     cond = torch.arange(n) % count if count else None
-    x = fd.sample(
-        ema, (n, *data.images.shape[1:]), seed=o.seed, cond=cond, guidance=fd.cfg(GUIDANCE) if count else None
-    )
+    guidance = fd.cfg(GUIDANCE) if count and o.drop > 0 else None
+    x = fd.sample(ema, (n, *data.images.shape[1:]), seed=o.seed, cond=cond, guidance=guidance)
     fd.save_grid(x, out / "samples.png", columns=columns)

@@ -62,15 +62,14 @@ def _ours(folder: Path) -> Denoiser:
 
 
 def load(name: str | Path) -> Denoiser:
-    """A Denoiser, on the CPU and in evaluation mode, from a folder or by the name of a model that comes with us.
+    """A Denoiser, on the CPU and in evaluation mode, by the name of a model that comes with us, or from a folder.
 
     A folder is one of ours (`fd.save`, checked against its checksums) or diffusers' UNet2DModel (config and
     safetensors, with the scheduler's config where there is one). Raises FileNotFoundError where there is nothing,
     ValueError where it is broken or of no known kind.
     """
-    folder = Path(name)
-    if not folder.exists() and str(name) in shipped():
-        folder = _SHIPPED / str(name)
+    # a folder of that name in the working directory is ./name
+    folder = _SHIPPED / name if isinstance(name, str) and name in shipped() else Path(name)
     try:
         found, _ = find_folder(folder)
     except FileNotFoundError:
@@ -90,8 +89,8 @@ def load(name: str | Path) -> Denoiser:
 def save(den: Denoiser, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Write `den` as a folder that `load` reads: config.json with checksums, model.safetensors. Crash-safe.
 
-    dtype: of the stored weights, the network's own unless given. Raises ValueError for a network that is no
-    fastdiff.UNet and for a schedule of the caller's own functions, which no file can hold.
+    dtype: of the stored weights, the network's own unless given. Raises ValueError for what no file can hold: a network
+    that is no fastdiff.UNet, a null condition or a schedule of the caller's own.
     """
     if not isinstance(den.net, UNet):
         raise ValueError(
@@ -99,6 +98,8 @@ def save(den: Denoiser, folder: str | Path, *, dtype: torch.dtype | None = None)
         )
     if den.schedule.spec is None:
         raise ValueError(f"save: schedule {den.schedule.name!r} is made of functions; use a named one or fd.from_betas")
+    if den.own_null is not None:
+        raise ValueError("save: a null condition of your own has no place in a file; give it to fd.cfg(w, null=...)")
     config: dict[str, Any] = {
         "fastdiff": __version__,
         "net": den.net.config,

@@ -23,7 +23,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """One way to run an op. `missing()` and `refuses(*args)` return a reason, or None when all is well."""
+    """One way to run an op. `missing()`, and `refuses` of a call's arguments, return a reason, or None if all is well."""
 
     run: Callable[..., Any]
     missing: Callable[[], str | None]
@@ -39,9 +39,9 @@ def register(
     run: Callable[..., Any],
     *,
     missing: Callable[[], str | None] = lambda: None,
-    refuses: Callable[..., str | None] = lambda *_: None,
+    refuses: Callable[..., str | None] = lambda *_, **__: None,
 ) -> None:
-    """Make `run` the backend `name` of `op`. `refuses` gets the positional arguments that `choose` gets."""
+    """Make `run` the backend `name` of `op`. `refuses` gets the arguments of the call."""
     assert name in BACKENDS, name
     _table.setdefault(op, {})[name] = Backend(run, missing, refuses)
 
@@ -51,12 +51,12 @@ def ops() -> list[str]:
     return sorted(_table)
 
 
-def reason(op: str, name: str, *args: Any) -> str | None:
+def reason(op: str, name: str, *args: Any, **given: Any) -> str | None:
     """Why backend `name` will not run `op` (with these arguments, when given); None when it will."""
     if name not in _table[op]:
         return f"{op} has no {name} kernel yet"
     entry = _table[op][name]
-    return entry.missing() or (entry.refuses(*args) if args else None)
+    return entry.missing() or (entry.refuses(*args, **given) if args else None)
 
 
 def asked() -> str:
@@ -83,28 +83,32 @@ def backend(name: str) -> Iterator[None]:
         _asked = before
 
 
-def chosen(op: str, *args: Any) -> str:
+def chosen(op: str, *args: Any, **given: Any) -> str:
     """The name of the backend that will run `op` with these arguments. Raises BackendUnavailable."""
     name = asked()
     if name == "auto":
-        return next(n for n in BACKENDS if n in _table[op] and reason(op, n, *args) is None)
-    why_not = reason(op, name, *args)
+        return next(n for n in BACKENDS if n in _table[op] and reason(op, n, *args, **given) is None)
+    why_not = reason(op, name, *args, **given)
     if why_not is not None:
         raise BackendUnavailable(f"{op} on {name}: {why_not}; use fd.backend('auto') or see `fastdiff doctor`")
     return name
 
 
-def choose(op: str, *args: Any) -> Callable[..., Any]:
+def choose(op: str, *args: Any, **given: Any) -> Callable[..., Any]:
     """The function that will run `op` with these arguments. Raises BackendUnavailable."""
-    return _table[op][chosen(op, *args)].run
+    return _table[op][chosen(op, *args, **given)].run
 
 
-def why(op: str, *args: Any) -> str:
-    """One line a backend: which one `op` takes (for these arguments), and why the others do not run."""
+def why(op: str, *args: Any, **given: Any) -> str:
+    """One line a backend: whether it would run `op` (a call with these arguments, where given), or why not.
+
+    The one that `auto` takes is marked.
+    """
     if op not in _table:
         raise ValueError(f"op {op!r} is unknown; accepted: {', '.join(ops())}")
-    lines = []
-    for name in BACKENDS:
-        why_not = reason(op, name, *args)
-        lines.append(f"{name:10s}{'runs' if why_not is None else why_not}")
-    return "\n".join(lines)
+    reasons = {name: reason(op, name, *args, **given) for name in BACKENDS}
+    first = next(name for name, why_not in reasons.items() if why_not is None)
+    return "\n".join(
+        f"{name:10s}{why_not or ('runs, taken by auto' if name == first else 'runs')}"
+        for name, why_not in reasons.items()
+    )

@@ -73,7 +73,7 @@ def group_norm_silu(
         raise ValueError(
             f"group_norm_silu: groups={groups} does not divide the {channels} channels of x; pass a divisor"
         )
-    run = dispatch.choose("group_norm_silu", x, groups, weight, bias)
+    run = dispatch.choose("group_norm_silu", x, groups, weight, bias, x2=x2, add=add, scale=scale, shift=shift)
     y: Tensor = run(x, groups, weight, bias, eps=eps, x2=x2, add=add, scale=scale, shift=shift, act=act)
     return y
 

@@ -87,7 +87,9 @@ def address(x: Tensor | None) -> int:
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
-    """Why no CPU kernel takes these tensors: another device, or gradients that it would not record."""
+    """Why no CPU kernel takes these tensors: tracing, another device, or gradients that it would not record."""
+    if torch.compiler.is_compiling():
+        return "the cpp kernels have no place in a graph of torch.compile yet"
     for x in tensors:
         if x is None:
             continue

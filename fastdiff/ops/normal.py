@@ -28,10 +28,12 @@ def normal_cpp(
     return z
 
 
-def _cpp_refuses(index: Tensor, dtype: torch.dtype) -> str | None:
+def _cpp_refuses(
+    seed: Tensor, index: Tensor, step: int, stream: int, shape: object, dtype: torch.dtype = torch.float32
+) -> str | None:
     if dtype != torch.float32:
         return f"the cpp kernel draws float32, not {dtype}"
-    return native.refuses(index)
+    return native.refuses(seed, index)
 
 
 def normal(
@@ -46,7 +48,9 @@ def normal(
 
     seed (1,) int64; step a row's number (< 2^24); stream 0..255, 128 and above being the user's.
     """
-    run = dispatch.choose("normal", index, dtype)
+    if seed.shape != (1,) or index.ndim != 1:
+        raise ValueError(f"normal: seed must be (1,) and index (N,), got {tuple(seed.shape)} and {tuple(index.shape)}")
+    run = dispatch.choose("normal", seed, index, step, stream, shape, dtype)
     z: Tensor = run(seed, index, step, stream, shape, dtype)
     return z
 

@@ -28,8 +28,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str = "cpu") -> Tenso
     """A 64-bit seed, signed or unsigned, as the (1,) int64 tensor that ops take."""
     if isinstance(seed, Tensor):
         return seed.reshape(1).to(device=device, dtype=torch.int64)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed={seed} does not fit 64 bits; pass an integer from -2**63 to 2**64 - 1")
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed} is no integer of 64 bits; pass one from -2**63 to 2**64 - 1")
     return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
 
 

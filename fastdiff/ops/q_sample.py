@@ -81,10 +81,19 @@ def q_sample_cpp(
     return tuple(out for out in outs if out is not None)
 
 
-def _cpp_refuses(x0: Tensor, t: Tensor, table: Tensor, noise: Tensor | None) -> str | None:
+def _cpp_refuses(
+    x0: Tensor,
+    t: Tensor,
+    table: Tensor,
+    *,
+    noise: Tensor | None = None,
+    seed: Tensor | None = None,
+    index: Tensor | None = None,
+    **_: object,
+) -> str | None:
     if x0.dtype not in native.DTYPES:
         return f"the cpp kernel takes float32, bfloat16, float16 and uint8 images, got {x0.dtype}"
-    return native.refuses(x0, t, table, noise)
+    return native.refuses(x0, t, table, noise, seed, index)
 
 
 def q_sample(
@@ -110,11 +119,11 @@ def q_sample(
         raise ValueError(
             f"q_sample: t must be ({len(x0)},) and table (T, 2), got {tuple(t.shape)} and {tuple(table.shape)}"
         )
-    if noise is None and (seed is None or index is None or index.shape != t.shape):
+    if noise is None and (seed is None or seed.shape != (1,) or index is None or index.shape != t.shape):
         raise ValueError("q_sample: pass noise shaped like x0, or seed (1,) and index (N,)")
     if noise is not None and noise.shape != x0.shape:
         raise ValueError(f"q_sample: noise must be shaped like x0 {tuple(x0.shape)}, got {tuple(noise.shape)}")
-    run = dispatch.choose("q_sample", x0, t, table, noise)
+    run = dispatch.choose("q_sample", x0, t, table, noise=noise, seed=seed, index=index)
     parts: tuple[Tensor, ...] = run(
         x0, t, table, noise=noise, seed=seed, index=index, step=step, stream=stream, eps=eps, v=v
     )

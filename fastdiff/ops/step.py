@@ -106,8 +106,21 @@ def step_reference_(
             half[:, : x.shape[1]].copy_(after[row.C_IN] * y)
 
 
-def check(x: Tensor, x_in: Tensor | None, h: Tensor, F: Tensor, rows: Tensor, variance: str | None) -> None:
-    """Raise ValueError where the shapes of a step do not fit; kernels rely on it."""
+def check(
+    x: Tensor,
+    x_in: Tensor | None,
+    h: Tensor,
+    F: Tensor,
+    rows: Tensor,
+    k: Tensor,
+    index: Tensor,
+    seed: Tensor,
+    *,
+    variance: str | None = None,
+    noise: Tensor | None = None,
+    bad: Tensor | None = None,
+) -> None:
+    """Raise ValueError where the arguments of a step do not fit; kernels rely on it."""
     n, channels, *space = x.shape
     wanted = 2 * channels if variance else channels
     if variance not in VARIANCES:
@@ -131,6 +144,18 @@ def check(x: Tensor, x_in: Tensor | None, h: Tensor, F: Tensor, rows: Tensor, va
         )
     if rows.ndim != 2 or rows.shape[1] != row.COLUMNS:
         raise ValueError(f"step_: rows must be (lines, {row.COLUMNS}), got {tuple(rows.shape)}; see fastdiff.plan")
+    for name, a, shape in (
+        *(("k", k, (1,)), ("seed", seed, (1,)), ("index", index, (n,))),
+        *(("noise", noise, x.shape), ("bad", bad, (n,))),
+    ):
+        if a is not None and a.shape != shape:
+            raise ValueError(f"step_: {name} must be {tuple(shape)} for a state {tuple(x.shape)}, got {tuple(a.shape)}")
+    for name, a in (("F", F), ("x_in", x_in), ("h", h), ("rows", rows), ("k", k), ("noise", noise), ("bad", bad)):
+        if a is not None and a.device != x.device:
+            raise ValueError(
+                f"step_: {name} is on {a.device} and the state on {x.device}; for a network that is a plain function "
+                "pass fd.Denoiser(..., device=...)"
+            )
 
 
 def step_cpp_(
@@ -149,9 +174,6 @@ def step_cpp_(
 ) -> None:
     """`step_reference_` by csrc/cpu/step.cpp: one pass over the state, x_in and F read and written by stride."""
     n, channels, *space = x.shape
-    for name, a, shape in (("index", index, (n,)), ("noise", noise, x.shape), ("bad", bad, (n,))):
-        if a is not None and a.shape != shape:
-            raise ValueError(f"step_: {name} must be {tuple(shape)} for a state {tuple(x.shape)}, got {tuple(a.shape)}")
     if bad is not None and (bad.dtype != torch.int64 or not bad.is_contiguous()):
         raise ValueError(f"step_: bad must be dense int64, got {bad.dtype} with strides {bad.stride()}")
     rows, k, index, seed = (native.dense(a, d) for a, d in zip((rows, k, index, seed), _ROW_DTYPES, strict=True))
@@ -182,7 +204,14 @@ _ROW_DTYPES = (torch.float32, torch.int64, torch.int64, torch.int64)
 
 
 def _cpp_refuses(
-    x: Tensor, x_in: Tensor | None, h: Tensor, F: Tensor, rows: Tensor, noise: Tensor | None = None
+    x: Tensor,
+    x_in: Tensor | None,
+    h: Tensor,
+    F: Tensor,
+    *numbers: Tensor,
+    variance: str | None = None,
+    noise: Tensor | None = None,
+    bad: Tensor | None = None,
 ) -> str | None:
     for name, a in (("x", x), ("h", h)):
         if a.dtype != torch.float32:
@@ -192,7 +221,7 @@ def _cpp_refuses(
             f"x_in must be float32, bfloat16 or float16, contiguous or channels_last, got {x_in.dtype} with strides "
             f"{x_in.stride()}"
         )
-    return native.refuses(x, x_in, h, F, rows, noise)
+    return native.refuses(x, x_in, h, F, *numbers, noise, bad)
 
 
 def step_(
@@ -218,9 +247,10 @@ def step_(
     half. noise: z of this row, shaped like x, instead of Philox stream 1. bad (N,) int64 receives k where x' is not
     finite and bad was negative. Raises ValueError on shapes that do not fit. Derivation: docs/math.md.
     """
-    check(x, x_in, h, F, rows, variance)
-    run = dispatch.choose("step_", x, x_in, h, F, rows, noise)
-    run(x, x_in, h, F, rows, k, index, seed, variance=variance, noise=noise, bad=bad)
+    args = (x, x_in, h, F, rows, k, index, seed)
+    check(*args, variance=variance, noise=noise, bad=bad)
+    run = dispatch.choose("step_", *args, variance=variance, noise=noise, bad=bad)
+    run(*args, variance=variance, noise=noise, bad=bad)
 
 
 dispatch.register("step_", "reference", step_reference_)

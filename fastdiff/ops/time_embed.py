@@ -37,7 +37,7 @@ def time_embed(t: Tensor, dim: int, *, max_period: float = 10000.0, flip: bool =
     """
     if dim // 2 - shift <= 0:
         raise ValueError(f"time_embed: dim={dim} with shift={shift} has no frequency; pass dim > {2 * shift + 1}")
-    e: Tensor = dispatch.choose("time_embed", t)(t, dim, max_period=max_period, flip=flip, shift=shift)
+    e: Tensor = dispatch.choose("time_embed", t, dim)(t, dim, max_period=max_period, flip=flip, shift=shift)
     return e
 
 

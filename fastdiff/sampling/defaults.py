@@ -39,6 +39,11 @@ def _function(solver: Solver) -> Callable[..., Table]:
     return SOLVERS[solver]
 
 
+def _counts(spacing: Spacing | None) -> bool:
+    """Whether the spacing's name says how many steps there are."""
+    return isinstance(spacing, str) and any(c.isdigit() for c in spacing)
+
+
 def choose(
     den: Denoiser,
     solver: Solver | None = None,
@@ -48,8 +53,8 @@ def choose(
 ) -> Choice:
     """Fill in what the caller left None. Raises ValueError for an unknown solver.
 
-    The Denoiser's own options of a solver hold for its own solver only, those of a grid for its own spacing only. ddpm
-    without a word about steps takes all T of a discrete schedule.
+    The Denoiser's own options of a solver hold for its own solver only, and its grid ends where it says unless the
+    caller gives times. ddpm without a word about steps takes all T of a discrete schedule.
     """
     given = dict(den.defaults)
     own, named = _function(given.pop("solver", None) or "ddim"), given.pop("options", {})
@@ -60,7 +65,8 @@ def choose(
         options = {k: v for k, v in options.items() if k not in (_GRID if times is not None else ("steps_offset",))}
     if times is not None:
         return Choice(chosen, steps, spacing, options)
-    spacing = own_spacing if spacing is None else spacing
-    if steps is None and not (isinstance(spacing, str) and any(c.isdigit() for c in spacing)):
+    if spacing is None and not (steps is not None and _counts(own_spacing)):
+        spacing = own_spacing
+    if steps is None and not _counts(spacing):
         steps = own_steps or (den.schedule.T if chosen is SOLVERS["ddpm"] and den.schedule.T else STEPS)
     return Choice(chosen, steps, spacing, options)

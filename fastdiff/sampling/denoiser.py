@@ -28,8 +28,8 @@ class Denoiser:
     predicts: "eps", "x0", "v", "flow", "edm", "score" or "mean"; "eps+range" where the network's second half of
     channels is Nichol & Dhariwal's v of a learned variance. defaults: what `fd.sample` uses where its caller says
     nothing (solver, steps, spacing, clip, ...). null: the condition that means "none", a tensor or a function of cond,
-    where the network has no `null` of its own. meta: facts about the data, "shape" and "classes" among them.
-    Raises ValueError.
+    where the network has no `null` of its own. meta: facts about the data, "shape" and "classes" among them. device:
+    where a network without parameters computes. Raises ValueError.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Denoiser:
         defaults: Mapping[str, Any] | None = None,
         null: Cond = None,
         meta: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if predicts.removesuffix(_RANGE) not in PREDICTS:
             raise ValueError(
@@ -51,7 +52,7 @@ class Denoiser:
             raise TypeError(f"net must be a callable net(x, t, cond), got {type(net).__name__}")
         self.net, self.schedule, self.predicts, self.sigma_data = net, schedule, predicts, sigma_data
         self.defaults, self.meta = dict(defaults or {}), dict(meta or {})
-        self._null = null
+        self.own_null, self._device = null, device
 
     def __repr__(self) -> str:
         return f"Denoiser({type(self.net).__name__}, {self.schedule.name}, predicts={self.predicts!r})"
@@ -69,8 +70,9 @@ class Denoiser:
             self.predicts,
             sigma_data=self.sigma_data,
             defaults=self.defaults,
-            null=self._null,
+            null=self.own_null,
             meta=self.meta,
+            device=self._device,
         )
 
     def _like(self) -> Tensor | None:
@@ -79,9 +81,9 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's parameters are; the CPU for a plain function."""
+        """Where the network's parameters are; for a plain function what it was said to be, else the CPU."""
         like = self._like()
-        return torch.device("cpu") if like is None else like.device
+        return torch.device(self._device or "cpu") if like is None else like.device
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -91,7 +93,7 @@ class Denoiser:
 
     def null(self, cond: Cond, given: Cond = None) -> Cond:
         """The condition that means "none", shaped like cond: `given`, else the Denoiser's, else the network's own."""
-        for null in (given, self._null, getattr(self.net, "null", None)):
+        for null in (given, self.own_null, getattr(self.net, "null", None)):
             if null is not None:
                 return null(cond) if callable(null) else null
         raise ValueError(
@@ -107,6 +109,8 @@ class Denoiser:
         """E[x0 given x_t = x] as the network sees it, (N, C, *spatial); t (N,) or a number, in the schedule's units."""
         times, alpha, sigma = self._columns(x, t)
         kind = self.predicts.removesuffix(_RANGE)
+        if kind == "mean" and self.schedule.T is None:
+            raise ValueError("x0 of a network that predicts the mean needs a discrete schedule, whose t - 1 is a step")
         previous = (self.schedule.alpha(times - 1), self.schedule.sigma(times - 1)) if kind == "mean" else None
         numbers = predict(kind, alpha, sigma, sigma_data=self.sigma_data, previous=previous)
         c_in, c_skip, c_out = (_images(c, x) for c in numbers)

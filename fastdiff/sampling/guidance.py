@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 Cond = Any
 """A tensor, or a tuple, list or dict of tensors; the image axis first everywhere."""
 
 
-def map_cond(f: Callable[[Tensor], Tensor], cond: Cond) -> Cond:
-    """f of every tensor in cond; None stays None."""
-    if cond is None or isinstance(cond, Tensor):
-        return None if cond is None else f(cond)
+def map_cond(f: Callable[..., Tensor], cond: Cond, *others: Cond) -> Cond:
+    """f of every tensor in cond, together with the tensors in the same places of the others; None stays None.
+
+    Raises TypeError for what is no tensor, tuple, list or dict, ValueError where the others are not built like cond.
+    """
+    if cond is None:
+        return None
+    if isinstance(cond, Tensor):
+        if not all(isinstance(other, Tensor) for other in others):
+            raise ValueError(_UNLIKE)
+        return f(cond, *others)
     if isinstance(cond, dict):
-        return {name: map_cond(f, part) for name, part in cond.items()}
-    return type(cond)(map_cond(f, part) for part in cond)
+        if not all(isinstance(other, dict) and other.keys() == cond.keys() for other in others):
+            raise ValueError(_UNLIKE)
+        return {name: map_cond(f, part, *(other[name] for other in others)) for name, part in cond.items()}
+    if not isinstance(cond, tuple | list):
+        raise TypeError(f"cond holds a {type(cond).__name__}; accepted: tensors, and tuples, lists and dicts of them")
+    if not all(isinstance(other, tuple | list) and len(other) == len(cond) for other in others):
+        raise ValueError(_UNLIKE)
+    parts = [map_cond(f, *each) for each in zip(cond, *others, strict=True)]
+    return type(cond)(*parts) if hasattr(cond, "_fields") else type(cond)(parts)
 
 
-def cat_cond(cond: Cond, null: Cond) -> Cond:
-    """[cond, null] along the image axis, part by part. Raises ValueError where the two are not built alike."""
-    if isinstance(cond, Tensor) and isinstance(null, Tensor):
-        return torch.cat([cond, null.to(cond)])
-    if isinstance(cond, dict) and isinstance(null, dict) and cond.keys() == null.keys():
-        return {name: cat_cond(cond[name], null[name]) for name in cond}
-    if type(cond) is type(null) and not isinstance(cond, dict) and len(cond) == len(null):
-        return type(cond)(cat_cond(c, u) for c, u in zip(cond, null, strict=True))
-    raise ValueError(
-        f"guidance: the null condition is a {type(null).__name__} unlike the condition, a {type(cond).__name__}; "
-        "pass fd.cfg(w, null=...) with the same tensors in the same places"
-    )
+_UNLIKE = (
+    "guidance: the null condition is not built like the condition; pass fd.cfg(w, null=...) with the same tensors in "
+    "the same places"
+)
 
 
 class Guidance(NamedTuple):
@@ -55,6 +61,8 @@ def cfg(w: float, between: tuple[float, float] | None = None, null: Cond = None)
     null: the condition that stands for "none", a tensor or a function of cond; by default the network's `null(cond)`.
     Ho & Salimans 2022; Kynkaanniemi 2024 (the interval).
     """
+    if not math.isfinite(w):
+        raise ValueError(f"cfg: w={w} is no weight; pass a finite number, 1 for none")
     if between is not None and not 0 <= between[0] <= between[1]:
         raise ValueError(f"cfg: between={between} is no interval of u; pass (low, high) with 0 <= low <= high")
     return Guidance(float(w), between, null)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff import row
 from fastdiff.ops.step import x0_ref
-from fastdiff.sampling.state import Program, State, advance, enter, network
+from fastdiff.sampling.state import Program, State, enter, one_step
 
 Each = Callable[[int, Tensor, Tensor], Tensor | None]
 """each(i, x, x0) after grid step i, with copies; what it returns, if anything, replaces x."""
@@ -36,21 +36,39 @@ def eager(
     """
     n, done = len(s.x), 0
     for k, r in enumerate(rows[:-1]):
-        z = None
-        if noise is not None and r[row.S] != 0:
-            z = next(noise).to(s.x)
-        F = network(program, s, n if r[row.W] == 1 else len(s.x_in))
-        ends = each is not None and r[row.END] == 1
-        x0 = x0_ref(s.x, F, s.rows[k]).clamp(-r[row.CLIP], r[row.CLIP]) if ends else None
-        advance(program, s, F, z)
-        if each is not None and x0 is not None:
-            replaced = each(done, s.x.clone(), x0)
+        z = _next(noise, k).to(s.x) if noise is not None and r[row.S] != 0 else None
+        batch = n if r[row.W] == 1 else len(s.x_in)
+        if each is None or r[row.END] != 1:
+            one_step(program, s, batch, z)
+        else:
+            _watched_step(program, s, batch, z, rows[k : k + 2], each, done)
             done += 1
-            if replaced is not None:
-                s.x.copy_(replaced)
-                enter(s, rows[k + 1, row.C_IN])
         if tick is not None:
             tick()
+
+
+def _next(noise: Iterator[Tensor], k: int) -> Tensor:
+    z = next(noise, None)
+    if z is None:
+        raise ValueError(f"noise: the iterator ended before row {k}; give one z for each row that draws")
+    return z
+
+
+def _watched_step(
+    program: Program, s: State, batch: int, z: Tensor | None, rows: np.ndarray[Any, Any], each: Each, done: int
+) -> None:
+    """The step, then the caller's look at it; what the caller returns replaces x."""
+    r, after = rows
+    x0: list[Tensor] = []
+    line = s.rows.index_select(0, s.k)[0]
+    one_step(program, s, batch, z, lambda F: x0.append(x0_ref(s.x, F, line).clamp(-r[row.CLIP], r[row.CLIP])))
+    replaced = each(done, s.x.clone(), x0[0])
+    if replaced is None:
+        return
+    if replaced.shape != s.x.shape:
+        raise ValueError(f"each returned {tuple(replaced.shape)} for a state {tuple(s.x.shape)}; return x or None")
+    s.x.copy_(replaced)
+    enter(s, after[row.C_IN])
 
 
 auto = eager

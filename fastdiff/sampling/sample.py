@@ -15,7 +15,7 @@ from fastdiff import row
 from fastdiff.ops import dispatch, philox
 from fastdiff.sampling.defaults import Choice, Solver, Spacing, choose
 from fastdiff.sampling.denoiser import Denoiser, told_times
-from fastdiff.sampling.guidance import Cond, Guidance, cat_cond, map_cond
+from fastdiff.sampling.guidance import Cond, Guidance, map_cond
 from fastdiff.sampling.run import Each, Runner, auto
 from fastdiff.sampling.state import Program, State, enter, prior
 from fastdiff.tables.plan import plan
@@ -38,6 +38,8 @@ def _rows(
     options: dict[str, Any],
 ) -> np.ndarray[Any, Any]:
     """The numbers of a call, float64 on the host; the caller's options go before the Denoiser's."""
+    if "w" in options:
+        raise ValueError("the guidance weight is no option of a solver; pass guidance=fd.cfg(w)")
     given = {"clip": None, **choice.options, **options}
     own_clip = given.pop("clip")
     return plan(
@@ -56,7 +58,8 @@ def _rows(
 
 def _images(cond: Cond, n: int, device: torch.device) -> Cond:
     """cond on the device; a label or a list of labels becomes a tensor, a single one stands for all n images."""
-    if isinstance(cond, int | np.ndarray | range) or (isinstance(cond, list) and all(isinstance(c, int) for c in cond)):
+    numbers = isinstance(cond, list) and all(isinstance(c, int) for c in cond)
+    if numbers or isinstance(cond, int | np.integer | np.ndarray | range):
         cond = torch.as_tensor(cond)
 
     def fit(c: Tensor) -> Tensor:
@@ -71,16 +74,16 @@ def _images(cond: Cond, n: int, device: torch.device) -> Cond:
 
 @contextlib.contextmanager
 def _evaluating(net: Any) -> Iterator[None]:
-    """Dropout off while sampling; a network in training goes back to it."""
-    training = isinstance(net, torch.nn.Module) and net.training
-    if training:
-        net.eval()
+    """Dropout off while sampling; every module that was in training goes back to it."""
+    training = [m for m in net.modules() if m.training] if isinstance(net, torch.nn.Module) else []
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        if training:
-            net.train()
+        for module in training:
+            module.training = True
 
 
 class Sampler:
@@ -121,9 +124,9 @@ class Sampler:
         n, device = self.shape[0], self._x.device
         if job.guided and len(self._x_in) == n:
             self._x_in = self._input(2 * n)
-        number = torch.arange(n) if index is None else torch.as_tensor(index, dtype=torch.int64)
-        if number.shape != (n,) or bool((number < 0).any()):
-            raise ValueError(f"index must be {n} numbers >= 0, one an image, got {tuple(number.shape)}")
+        number = torch.arange(n) if index is None else torch.as_tensor(index)
+        if number.shape != (n,) or number.is_floating_point() or bool((number < 0).any()):
+            raise ValueError(f"index must be {n} whole numbers >= 0, one an image, got {index}")
         self._index.copy_(number)
         self._seed.copy_(philox.seed_tensor(seed))
         self._k.zero_()
@@ -149,8 +152,8 @@ class Sampler:
             k = int(bad[i])
             raise FloatingPointError(
                 f"image {int(s.number[i])} is not finite after row {k} (t = {rows[k, row.T]:g}), "
-                f"{int((bad >= 0).sum())} of {len(bad)} images are not in the end; look for NaN in the weights and the "
-                f"condition, or give the network a wider dtype than {self.den.dtype or s.x.dtype}"
+                f"{int((bad >= 0).sum())} of {len(bad)} images are not finite at the end; look for NaN in the weights "
+                f"and the condition, or give the network a wider dtype than {self.den.dtype or s.x.dtype}"
             )
 
     def __call__(
@@ -172,16 +175,20 @@ class Sampler:
         **options: Any,
     ) -> Tensor:
         """One run; the arguments of `fd.sample`."""
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise TypeError(f"guidance={guidance!r} is a {type(guidance).__name__}; pass fd.cfg(w)")
         rows = _rows(self.den, choose(self.den, solver, steps, spacing, times), times, clip, guidance, options)
         guided = bool((rows[:-1, row.W] != 1).any())
         cond = _images(cond, self.shape[0], self._x.device)
         if guided and guidance is not None:
             if cond is None:
                 raise ValueError("guidance needs a condition; pass cond= (class labels, say), or guidance=None")
-            cond = cat_cond(cond, self.den.null(cond, guidance.null))
+            null = _images(self.den.null(cond, guidance.null), self.shape[0], self._x.device)
+            cond = map_cond(lambda c, u: torch.cat([c, u.to(c)]), cond, null)
         with self._lock, _evaluating(self.den.net), _bar(progress, len(rows) - 1) as tick:
             s = self._start(Job(rows, cond, guided), x, seed, index)
-            step_ = dispatch.choose("step_", s.x, s.x_in, s.h, s.x, s.rows, None)
+            # x in the place of F, which is not there yet: a kernel takes F in any layout and float dtype
+            step_ = dispatch.choose("step_", s.x, s.x_in, s.h, s.x, s.rows, s.k, s.number, s.seed)
             draws = None if noise is None else iter(noise)
             self.run(Program(self.den.net, step_, self.den.variance), s, rows, each=each, noise=draws, tick=tick)
             self._verdict(s, rows)

@@ -44,16 +44,24 @@ def network(program: Program, s: State, batch: int) -> Tensor:
     return program.net(s.x_in[:batch], s.times.index_select(0, s.k).expand(batch), cond)
 
 
-def advance(program: Program, s: State, F: Tensor, noise: Tensor | None = None) -> None:
-    """Apply row k to the state in place and go on to the next row."""
-    check(s.x, s.x_in, s.h, F, s.rows, program.variance)
-    program.step_(s.x, s.x_in, s.h, F, s.rows, s.k, s.number, s.seed, variance=program.variance, noise=noise, bad=s.bad)
+def one_step(
+    program: Program,
+    s: State,
+    batch: int,
+    noise: Tensor | None = None,
+    seen: Callable[[Tensor], object] | None = None,
+) -> None:
+    """One network call and one row: all that a run repeats, with no host decision in it.
+
+    noise: z of the row instead of Philox; seen(F) is called before the state changes.
+    """
+    F = network(program, s, batch)
+    if seen is not None:
+        seen(F)
+    args = (s.x, s.x_in, s.h, F, s.rows, s.k, s.number, s.seed)
+    check(*args, variance=program.variance, noise=noise, bad=s.bad)
+    program.step_(*args, variance=program.variance, noise=noise, bad=s.bad)
     s.k.add_(1)
-
-
-def one_step(program: Program, s: State, batch: int) -> None:
-    """One network call and one row: all that a run repeats, with no host decision in it."""
-    advance(program, s, network(program, s, batch))
 
 
 def enter(s: State, c_in: float) -> None:

@@ -76,16 +76,20 @@ def loss(
     cond: Cond = None,
     kind: str = "simple",
     *,
-    seed: int = 0,
+    seed: int | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
     """The loss of a batch, a scalar with gradients; formulas at the head of this file.
 
     x (N, C, *spatial): images in [-1, 1], or uint8 pixels, which stay uint8 until they are noised. seed, index: key and
-    images' numbers of the Philox noise and times (0..N-1 unless given): the same two give the same loss.
+    images' numbers of the Philox noise and times (0..N-1 unless given): the same two give the same loss. Without a seed
+    one is drawn from torch's generator, so that calls differ. Raises ValueError where the network's output is of
+    another shape.
     """
     if kind not in KINDS:
         raise ValueError(f"loss: kind={kind!r} is unknown; accepted: {', '.join(KINDS)}")
+    if seed is None:
+        seed = int(torch.randint(2**63 - 1, ()))
     host_seed, number = philox.seed_tensor(seed), torch.arange(len(x)) if index is None else index.cpu()
     t = draw_times(den.schedule, host_seed, number)
     c_in: Tensor | float = 1.0
@@ -105,4 +109,9 @@ def loss(
     told = told_times(den.schedule, den.schedule.told(t)).to(x.device)
     F = den.net((c_in * x_t).to(den.dtype or x_t.dtype), told, cond)
     weight, wanted = _wanted(den, x0, x_t, eps, t)
+    if F.shape != wanted.shape:
+        raise ValueError(
+            f"loss: the network returned {tuple(F.shape)} where {den.predicts!r} of images {tuple(x.shape)} is wanted; "
+            "check its output channels (a learned variance has a loss of its own)"
+        )
     return (weight * F - wanted).square().mean()

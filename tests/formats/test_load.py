@@ -65,6 +65,8 @@ def test_half_size_weights(den, tmp_path):
 def test_what_cannot_be_saved(den, tmp_path):
     with pytest.raises(ValueError, match="the network is a"):
         fd.save(fd.Denoiser(lambda x, t, c: x, fd.cosine()), tmp_path / "model")
+    with pytest.raises(ValueError, match="a null condition of your own"):
+        fd.save(fd.Denoiser(den.net, den.schedule, "v", null=3), tmp_path / "model")
     mine = fd.schedule(lambda t: 1 - t, lambda t: t)
     with pytest.raises(ValueError, match="made of functions"):
         fd.save(fd.Denoiser(den.net, mine, "v"), tmp_path / "model")
@@ -99,8 +101,11 @@ def test_broken_folders(den, tmp_path):
         fd.load(folder)
 
 
-def test_the_shipped_model():
+def test_the_shipped_model(tmp_path, monkeypatch):
     assert "digits" in shipped()
+    # a folder of images of that name in the working directory does not stand in its way
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
     den = fd.load("digits")
     assert den.meta["shape"] == [1, 8, 8]
     assert len(den.meta["classes"]) == 10

@@ -58,10 +58,10 @@ def error(got, wanted):
     return (got.double() - wanted).nan_to_num().abs().max().item() if got.numel() else 0.0
 
 
-def allowed(reference_error, wanted, dtype):
-    """2x PyTorch's own error, plus the last place of the dtype, plus the 1e-6 that backends' normals may differ by."""
+def allowed(reference_error, wanted, dtype, draws):
+    """2x PyTorch's own error and the last place; where it draws, also the 1e-6 by which normals of backends may differ."""
     size = wanted.nan_to_num().abs().max().item() if wanted.numel() else 0.0
-    return 2 * reference_error + torch.finfo(dtype).eps * size + 2e-6
+    return 2 * reference_error + torch.finfo(dtype).eps * size / 2 + (2e-6 if draws else 0)
 
 
 @NAMED
@@ -73,8 +73,11 @@ def test_against_float64(name, backend):
     with dispatch.backend(backend):
         got = run(step_, copied(args))
     for key in OUTPUTS:
-        limit = allowed(error(reference[key], wanted[key]), wanted[key], got[key].dtype)
+        draws = key != "h" and "S" in CASES[name].columns and not CASES[name].given_noise
+        limit = allowed(error(reference[key], wanted[key]), wanted[key], got[key].dtype, draws)
         assert error(got[key], wanted[key]) <= limit, key
+        if not draws and CASES[name].variance is None:
+            assert torch.equal(got[key].nan_to_num(), reference[key].nan_to_num()), key
     assert (got["bad"] == -1).all()
     assert torch.equal(got["k"], args["k"])
 
@@ -101,7 +104,9 @@ def test_layouts_and_dtypes(backend, dtype, channels_last):
             got = run(step_, copied(args))
         for key in OUTPUTS:
             rounded = wanted[key].to(got[key].dtype).double()
-            assert error(got[key], wanted[key]) <= allowed(error(rounded, wanted[key]), wanted[key], got[key].dtype)
+            assert error(got[key], wanted[key]) <= allowed(
+                error(rounded, wanted[key]), wanted[key], got[key].dtype, key != "h"
+            )
         assert got["x_in"].stride() == args["x_in"].stride()
 
 
@@ -114,7 +119,6 @@ def test_any_strides_of_the_network_output(backend):
         dense.repeat(1, 2, 1, 1)[:, :3],
         torch.stack([dense, dense], -1)[..., 0],
         dense[:1].expand(4, 3, 8, 8),
-        dense.flip(3).flip(3),
         dense.double(),
     ):
         wanted = written_out({**args, "F": F})
@@ -223,6 +227,12 @@ def test_given_noise_is_taken_as_it_is():
         ({"rows": torch.zeros(7, 5)}, "rows must be"),
         ({"x_in": torch.zeros(5, 2, 5, 7)}, "x_in"),
         ({"x_in": torch.zeros(3, 1, 5, 7)}, "x_in"),
+        ({"k": torch.zeros(0, dtype=torch.int64)}, "k must be"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed must be"),
+        ({"index": torch.zeros(1, dtype=torch.int64)}, "index must be"),
+        ({"noise": torch.zeros(1, 2, 5, 7)}, "noise must be"),
+        ({"bad": torch.zeros(1, dtype=torch.int64)}, "bad must be"),
+        ({"F": torch.zeros(3, 2, 5, 7, device="meta")}, "F is on meta and the state on cpu"),
     ],
 )
 def test_shapes_that_do_not_fit(backend, change, says):

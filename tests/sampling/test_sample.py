@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff import row
@@ -255,23 +256,26 @@ def test_sampling_turns_dropout_off_and_back_on(den):
 
 
 def test_no_device_value_is_read_inside_the_loop(den):
-    """Between the first row and the last no tensor is turned into a number, except on the CPU reference's own."""
-    read = []
-    original = torch.Tensor.item
+    """Twice the rows turn no more tensors into numbers; a network that does is seen."""
 
-    def item(self):
-        read.append(self)
-        return original(self)
+    class Reads(TorchDispatchMode):
+        count = 0
 
-    fast = fd.Sampler(den, (2, 1, 8, 8))
-    torch.Tensor.item = item
-    try:
-        fast("ddim", steps=20)
-        short = len(read)
-        fast("ddim", steps=40)
-    finally:
-        torch.Tensor.item = original
-    assert len(read) == 2 * short
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    def reads(net, steps):
+        fast = fd.Sampler(den.with_net(net), (2, 1, 8, 8))
+        with Reads() as mode:
+            fast("ddim", steps=steps)
+        return mode.count
+
+    def asks(x, t, cond):
+        return den.net(x, t, cond) if bool(x.sum() < 1e9) else x
+
+    assert reads(den.net, 20) == reads(den.net, 40)
+    assert reads(asks, 40) == reads(asks, 20) + 20
 
 
 def test_nan_names_image_row_and_time(den):
@@ -293,9 +297,14 @@ MISTAKES = [
     ({"guidance": fd.cfg(2.0)}, "guidance needs a condition"),
     ({"cond": torch.tensor([1, 2, 3])}, "cond holds 3 images"),
     ({"x": torch.zeros(2, 1, 4, 4)}, "x must be shaped"),
-    ({"index": [1]}, "index must be 2 numbers"),
-    ({"index": [1, -1]}, "index must be 2 numbers"),
+    ({"index": [1]}, "index must be 2 whole numbers"),
+    ({"index": [1, -1]}, "index must be 2 whole numbers"),
+    ({"index": [0.5, 1.0]}, "index must be 2 whole numbers"),
     ({"seed": 2**64}, "64 bits"),
+    ({"seed": 1.5}, "64 bits"),
+    ({"w": 2.0}, r"guidance=fd\.cfg\(w\)"),
+    ({"solver": "ddpm", "noise": []}, "the iterator ended before row 0"),
+    ({"each": lambda i, x, x0: x[:1]}, "each returned"),
 ]
 
 
@@ -303,6 +312,37 @@ MISTAKES = [
 def test_mistakes_get_a_sentence(den, wrong, says):
     with pytest.raises(ValueError, match=says):
         fd.sample(den, (2, 1, 8, 8), **wrong)
+
+
+def test_null_conditions(den):
+    """A null of one image stands for all; a null built otherwise, and a condition that is no tensor, are named."""
+    args = {"cond": [1, 2], "steps": 3}
+    wanted = fd.sample(den, (2, 1, 8, 8), guidance=fd.cfg(2.0), **args)
+    for null in (10, torch.tensor(10), torch.tensor([10]), [10, 10], lambda c: torch.full_like(c, 10)):
+        assert torch.equal(fd.sample(den, (2, 1, 8, 8), guidance=fd.cfg(2.0, null=null), **args), wanted)
+    with pytest.raises(ValueError, match="cond holds 3 images"):
+        fd.sample(den, (2, 1, 8, 8), guidance=fd.cfg(2.0, null=torch.tensor([1, 2, 3])), **args)
+    with pytest.raises(ValueError, match="not built like the condition"):
+        fd.sample(den, (2, 1, 8, 8), guidance=fd.cfg(2.0, null={"y": torch.tensor([10])}), **args)
+    with pytest.raises(TypeError, match="cond holds a str"):
+        fd.sample(den, (2, 1, 8, 8), cond={"prompt": "a cat"}, steps=3)
+    with pytest.raises(TypeError, match=r"pass fd\.cfg"):
+        fd.sample(den, (2, 1, 8, 8), guidance=2.0, **args)
+    with pytest.raises(ValueError, match="no weight"):
+        fd.cfg(math.nan)
+
+
+def test_modules_keep_their_own_mode(den):
+    net = ForeignUNet().train()
+    net.middle.eval()
+    fd.sample(den.with_net(net), (1, 1, 8, 8), steps=2)
+    assert net.training
+    assert not net.middle.training
+
+
+def test_where_a_plain_function_computes():
+    den = fd.Denoiser(lambda x, t, c: x, fd.cosine(), "v", device="meta")
+    assert fd.Sampler(den, (2, 1, 4, 4))._x.device.type == "meta"
 
 
 def test_more_mistakes(den):

@@ -156,6 +156,36 @@ def test_fit_learns_what_the_data_says():
     assert (got - 0.5).abs().max() < 0.1
 
 
+def test_a_loss_without_a_seed_differs_from_call_to_call():
+    den = fd.Denoiser(Constant(), fd.cosine(), "eps")
+    x = torch.zeros(4, 1, 2, 2)
+    torch.manual_seed(5)
+    a, b = fd.loss(den, x).detach(), fd.loss(den, x).detach()
+    assert a != b
+    torch.manual_seed(5)
+    assert fd.loss(den, x).detach() == a
+
+
+def test_loaders_of_every_form():
+    x, y = torch.zeros(6, 1, 2, 2), torch.arange(6)
+    for data in ((x,), (x, y)):
+        net = Constant()
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=3)
+        steps = list(fd.fit(fd.Denoiser(net, fd.cosine(), "x0"), loader, steps=3, drop=0))
+        assert [s.i for s in steps] == [0, 1, 2]
+        assert [None if c is None else c.tolist() for _, _, c in net.seen] == (
+            [None] * 3 if len(data) == 1 else [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+        )
+
+
+def test_the_average_of_half_precision_weights_still_moves():
+    net = Constant().bfloat16()
+    x = torch.randn(8, 1, 2, 2)
+    *_, last = fd.fit(fd.Denoiser(net, fd.cosine(), "x0"), [x], steps=40, lr=0.05, ema=0.999, warmup=0)
+    assert last.ema.net.weight.dtype == torch.float32
+    assert abs(float(last.ema.net.weight) - 0.3) > 1e-3
+
+
 def test_mistakes():
     den = fd.Denoiser(Constant(), fd.cosine(), "x0")
     x = torch.zeros(2, 1, 2, 2)
@@ -165,6 +195,17 @@ def test_mistakes():
         next(fd.fit(den, [x], lr=-1))
     with pytest.raises(ValueError, match="gave no batch"):
         next(fd.fit(den, []))
+    with pytest.raises(ValueError, match="gave 3 parts"):
+        next(fd.fit(den, [(x, x, x)]))
+    with pytest.raises(ValueError, match="batch=0"):
+        next(fd.fit(den, [x], batch=0))
+    with pytest.raises(ValueError, match="hold no image"):
+        next(fd.fit(den, Data(np.zeros((0, 1, 2, 2), np.uint8), None, ())))
+    plain = fd.UNet(in_channels=1, channels=8, mults=(1,), blocks=1, classes=3, null_class=False, attention=())
+    with pytest.raises(ValueError, match="pass drop=0"):
+        next(fd.fit(fd.Denoiser(plain, fd.cosine(), "v"), [(x, torch.tensor([0, 1]))]))
+    with pytest.raises(ValueError, match="check its output channels"):
+        fd.loss(fd.Denoiser(lambda x, t, c: torch.cat([x, x], 1), fd.cosine(), "eps"), x)
     with pytest.raises(ValueError, match="kind='fast'"):
         fd.loss(den, x, kind="fast")
     with pytest.raises(ValueError, match="no simple loss"):
