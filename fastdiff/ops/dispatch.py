@@ -23,7 +23,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class Backend(NamedTuple):
-    """One way to run an op. `missing()`, and `refuses` of a call's arguments, return a reason, or None if all is well."""
+    """A way to run an op. `missing()`, and `refuses` of a call's arguments, return a reason, or None."""
 
     run: Callable[..., Any]
     missing: Callable[[], str | None]

@@ -59,7 +59,7 @@ def error(got, wanted):
 
 
 def allowed(reference_error, wanted, dtype, draws):
-    """2x PyTorch's own error and the last place; where it draws, also the 1e-6 by which normals of backends may differ."""
+    """Twice PyTorch's own error and the last place; where it draws, also the 1e-6 by which normals may differ."""
     size = wanted.nan_to_num().abs().max().item() if wanted.numel() else 0.0
     return 2 * reference_error + torch.finfo(dtype).eps * size / 2 + (2e-6 if draws else 0)
 
