@@ -24,24 +24,23 @@ def shipped() -> list[str]:
     return sorted(p.name for p in _SHIPPED.iterdir() if p.is_dir()) if _SHIPPED.is_dir() else []
 
 
-def _is_diffusers(folder: Path) -> bool:
-    if (folder / "unet" / "config.json").is_file():
-        return True
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("_class_name") == "UNet2DModel"
-
-
-def _meta(folder: Path, net: UNet) -> dict[str, Any]:
-    """Name and, where the config has a sample_size, the shape of an image."""
+def _diffusers_config(folder: Path) -> dict[str, Any] | None:
+    """The U-Net's config where the folder is diffusers', empty where it cannot be read; None for other folders."""
     nested = folder / "unet" / "config.json"
-    size = json.loads((nested if nested.is_file() else folder / "config.json").read_text()).get("sample_size")
+    try:
+        config = json.loads((nested if nested.is_file() else folder / "config.json").read_text())
+    except (OSError, ValueError):
+        config = None
+    config = config if isinstance(config, dict) else {}
+    return config if nested.is_file() or config.get("_class_name") == "UNet2DModel" else None
+
+
+def _meta(name: str, net: UNet, size: Any) -> dict[str, Any]:
+    """Name and, where the config has a sample_size, the shape of an image."""
     if size is None:
-        return {"name": folder.name}
+        return {"name": name}
     height, width = (size, size) if isinstance(size, int) else size
-    return {"name": folder.name, "shape": [net.in_channels, height, width]}
+    return {"name": name, "shape": [net.in_channels, height, width]}
 
 
 def _ours(folder: Path) -> Denoiser:
@@ -77,10 +76,12 @@ def load(name: str | Path) -> Denoiser:
             f"load: there is no folder {str(name)!r} and no model of that name; accepted: a folder, or one of "
             f"{', '.join(shipped())}"
         ) from None
-    if _is_diffusers(found):
+    config = _diffusers_config(found)
+    if config is not None:
         net, scheduler = read_unet2d(found)
         schedule, predicts, defaults = schedule_of(scheduler)
-        return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta=_meta(found, net))
+        meta = _meta(found.name, net, config.get("sample_size"))
+        return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta=meta)
     den = _ours(folder)
     den.meta.setdefault("name", folder.name)
     return den

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.sampling.forward import host_times, per_image, told_times
 from fastdiff.sampling.guidance import Cond
 from fastdiff.tables.predict import PREDICTS, predict
 from fastdiff.tables.schedule import Schedule
@@ -102,7 +103,7 @@ class Denoiser:
 
     def _columns(self, x: Tensor, t: Tensor | float) -> tuple[np.ndarray[Any, Any], ...]:
         """(t, alpha, sigma) in float64 on the host, one line an image."""
-        times = np.asarray(torch.as_tensor(t, dtype=torch.float64).cpu()) * np.ones(len(x))
+        times = host_times(t, len(x))
         return times, self.schedule.alpha(times), self.schedule.sigma(times)
 
     def x0(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
@@ -113,7 +114,7 @@ class Denoiser:
             raise ValueError("x0 of a network that predicts the mean needs a discrete schedule, whose t - 1 is a step")
         previous = (self.schedule.alpha(times - 1), self.schedule.sigma(times - 1)) if kind == "mean" else None
         numbers = predict(kind, alpha, sigma, sigma_data=self.sigma_data, previous=previous)
-        c_in, c_skip, c_out = (_images(c, x) for c in numbers)
+        c_in, c_skip, c_out = (per_image(c, x) for c in numbers)
         told = told_times(self.schedule, self.schedule.told(times)).to(x.device)
         F = self.net((c_in * x).to(self.dtype or x.dtype), told, cond)
         return c_skip * x + c_out * F[:, : x.shape[1]].to(x.dtype)
@@ -121,20 +122,9 @@ class Denoiser:
     def eps(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The noise that the network sees in x, (x - alpha x0) / sigma."""
         _, alpha, sigma = self._columns(x, t)
-        return (x - _images(alpha, x) * self.x0(x, t, cond)) / _images(sigma, x)
+        return (x - per_image(alpha, x) * self.x0(x, t, cond)) / per_image(sigma, x)
 
     def score(self, x: Tensor, t: Tensor | float, cond: Cond = None) -> Tensor:
         """The gradient of log p_t at x, -eps / sigma (Vincent 2011; Song 2021)."""
         _, _, sigma = self._columns(x, t)
-        return -self.eps(x, t, cond) / _images(sigma, x)
-
-
-def told_times(schedule: Schedule, told: np.ndarray[Any, Any]) -> Tensor:
-    """The times a network is told: int64 where a discrete schedule tells whole steps only, else float32."""
-    whole = schedule.T is not None and bool((told % 1 == 0).all())
-    return torch.as_tensor(told).to(torch.int64 if whole else torch.float32)
-
-
-def _images(number: np.ndarray[Any, Any], x: Tensor) -> Tensor:
-    """(N,) numbers on the host to a tensor that broadcasts over x."""
-    return torch.as_tensor(number, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
+        return -self.eps(x, t, cond) / per_image(sigma, x)

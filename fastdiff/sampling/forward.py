@@ -1,4 +1,4 @@
-"""The forward process of a schedule: images to noisy images."""
+"""The forward process of a schedule, images to noisy images, and a schedule's numbers as tensors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ from torch import Tensor
 
 from fastdiff.ops import philox, q_sample as noised
 from fastdiff.tables.schedule import Schedule
+
+
+def host_times(t: Tensor | Sequence[float] | float, n: int) -> np.ndarray[Any, Any]:
+    """One time an image, (n,) float64 on the host, from one each or one for all."""
+    return np.asarray(torch.as_tensor(t, dtype=torch.float64).cpu()) * np.ones(n)
+
+
+def told_times(schedule: Schedule, told: np.ndarray[Any, Any]) -> Tensor:
+    """The times a network is told: int64 where a discrete schedule tells whole steps only, else float32."""
+    whole = schedule.T is not None and bool((told % 1 == 0).all())
+    return torch.as_tensor(told).to(torch.int64 if whole else torch.float32)
+
+
+def per_image(number: np.ndarray[Any, Any], x: Tensor) -> Tensor:
+    """(N,) numbers on the host to a tensor that broadcasts over x (N, C, *spatial), in its dtype and on its device."""
+    return torch.as_tensor(number, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def marginals(schedule: Schedule, t: np.ndarray[Any, Any]) -> Tensor:
@@ -32,7 +48,7 @@ def q_sample(
     like x0. seed: Philox noise of images `index` (0..N-1 unless given); with neither, eps comes from torch's generator,
     so that calls differ. Raises ValueError for a t outside the schedule.
     """
-    times = np.asarray(torch.as_tensor(t, dtype=torch.float64).cpu()) * np.ones(len(x0))
+    times = host_times(t, len(x0))
     lowest = 0 if schedule.T is None else -1
     if bool(((times < lowest) | (times > schedule.t_max) | np.isnan(times)).any()):
         raise ValueError(

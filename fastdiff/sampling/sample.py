@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +14,12 @@ from torch import Tensor
 from fastdiff import row
 from fastdiff.ops import dispatch, philox
 from fastdiff.sampling.defaults import Choice, Solver, Spacing, choose
-from fastdiff.sampling.denoiser import Denoiser, told_times
+from fastdiff.sampling.denoiser import Denoiser
+from fastdiff.sampling.forward import told_times
 from fastdiff.sampling.guidance import Cond, Guidance, map_cond
 from fastdiff.sampling.run import Each, Runner, auto
 from fastdiff.sampling.state import Program, State, enter, prior
 from fastdiff.tables.plan import plan
-
-
-class Job(NamedTuple):
-    """What one call of a Sampler asks for, defaults filled in."""
-
-    rows: np.ndarray[Any, Any]
-    cond: Cond
-    guided: bool
 
 
 def _rows(
@@ -120,9 +113,17 @@ class Sampler:
         times = told_times(self.den.schedule, np.pad(rows[:, row.T], (0, capacity - len(rows))))
         return padded.to(self._x.device), times.to(self._x.device)
 
-    def _start(self, job: Job, x: Tensor | None, seed: int, index: Tensor | Sequence[int] | None) -> State:
+    def _start(
+        self,
+        rows: np.ndarray[Any, Any],
+        cond: Cond,
+        guided: bool,
+        x: Tensor | None,
+        seed: int,
+        index: Tensor | Sequence[int] | None,
+    ) -> State:
         n, device = self.shape[0], self._x.device
-        if job.guided and len(self._x_in) == n:
+        if guided and len(self._x_in) == n:
             self._x_in = self._input(2 * n)
         number = torch.arange(n) if index is None else torch.as_tensor(index)
         if number.shape != (n,) or number.is_floating_point() or bool((number < 0).any()):
@@ -131,17 +132,16 @@ class Sampler:
         self._seed.copy_(philox.seed_tensor(seed))
         self._k.zero_()
         self._bad.fill_(-1)
-        x_in = self._x_in[: 2 * n if job.guided else n]
-        rows, times = self._load(job.rows)
-        s = State(self._x, x_in, self._h, rows, times, self._k, self._seed, self._index, job.cond, self._bad)
+        x_in = self._x_in[: 2 * n if guided else n]
+        s = State(self._x, x_in, self._h, *self._load(rows), self._k, self._seed, self._index, cond, self._bad)
         if x is None:
             scale = self.den.schedule.prior
-            prior(s, float(job.rows[0, row.SIGMA]) if scale is None else scale)
+            prior(s, float(rows[0, row.SIGMA]) if scale is None else scale)
         elif tuple(x.shape) != self.shape:
             raise ValueError(f"x must be shaped {self.shape}, got {tuple(x.shape)}")
         else:
             s.x.copy_(x.to(device))
-        enter(s, float(job.rows[0, row.C_IN]))
+        enter(s, float(rows[0, row.C_IN]))
         return s
 
     def _verdict(self, s: State, rows: np.ndarray[Any, Any]) -> None:
@@ -186,7 +186,7 @@ class Sampler:
             null = _images(self.den.null(cond, guidance.null), self.shape[0], self._x.device)
             cond = map_cond(lambda c, u: torch.cat([c, u.to(c)]), cond, null)
         with self._lock, _evaluating(self.den.net), _bar(progress, len(rows) - 1) as tick:
-            s = self._start(Job(rows, cond, guided), x, seed, index)
+            s = self._start(rows, cond, guided, x, seed, index)
             # x in the place of F, which is not there yet: a kernel takes F in any layout and float dtype
             step_ = dispatch.choose("step_", s.x, s.x_in, s.h, s.x, s.rows, s.k, s.number, s.seed)
             draws = None if noise is None else iter(noise)

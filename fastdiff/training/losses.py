@@ -11,15 +11,15 @@ Vincent 2011 and Song & Ermon 2019 (score).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.ops import philox, q_sample as noised
-from fastdiff.sampling.denoiser import Denoiser, told_times
-from fastdiff.sampling.forward import marginals
+from fastdiff.sampling.denoiser import Denoiser
+from fastdiff.sampling.forward import marginals, per_image, told_times
 from fastdiff.sampling.guidance import Cond
 from fastdiff.tables.predict import predict
 from fastdiff.tables.schedule import Schedule
@@ -45,26 +45,32 @@ def draw_times(schedule: Schedule, seed: Tensor, index: Tensor) -> np.ndarray[An
     return np.asarray(low + (high - low) * u)
 
 
-def _wanted(den: Denoiser, x0: Tensor, x_t: Tensor, eps: Tensor, t: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
-    """(weight of F, F*): the loss is mean |weight F - F*|^2."""
-    alpha, sigma = (den_numbers.to(x_t) for den_numbers in marginals(den.schedule, t).unbind(1))
-    alpha, sigma = (v.reshape(-1, *(1,) * (x_t.ndim - 1)) for v in (alpha, sigma))
-    one = torch.ones_like(alpha)
+class _Columns(NamedTuple):
+    """How F is compared: the network sees c_in x_t, the loss is mean |weight F - F*|^2."""
+
+    c_in: Tensor | float
+    weight: Tensor | float
+    wanted: Tensor
+
+
+def _columns(den: Denoiser, x0: Tensor, x_t: Tensor, eps: Tensor, t: np.ndarray[Any, Any]) -> _Columns:
+    host = den.schedule.alpha(t), den.schedule.sigma(t)
+    alpha, sigma = (per_image(v, x_t) for v in host)
     match den.predicts:
         case "eps":
-            return one, eps
+            return _Columns(1.0, 1.0, eps)
         case "x0":
-            return one, x0
+            return _Columns(1.0, 1.0, x0)
         case "v":
-            return one, alpha * eps - sigma * x0
+            return _Columns(1.0, 1.0, alpha * eps - sigma * x0)
         case "flow":
-            return one, eps - x0
+            return _Columns(1.0, 1.0, eps - x0)
         case "score":
-            return sigma, -eps
+            return _Columns(1.0, sigma, -eps)
         case "edm":
-            numbers = predict("edm", den.schedule.alpha(t), den.schedule.sigma(t), sigma_data=den.sigma_data)
-            c_skip, c_out = (torch.as_tensor(c).to(x_t).reshape(alpha.shape) for c in numbers[1:])
-            return one, (x0 - c_skip * x_t) / c_out
+            numbers = predict("edm", *host, sigma_data=den.sigma_data)
+            c_in, c_skip, c_out = (per_image(v, x_t) for v in numbers)
+            return _Columns(c_in, 1.0, (x0 - c_skip * x_t) / c_out)
     raise ValueError(
         f"loss: a network that predicts {den.predicts!r} has no simple loss; accepted: eps, x0, v, flow, score, edm"
     )
@@ -92,10 +98,6 @@ def loss(
         seed = int(torch.randint(2**63 - 1, ()))
     host_seed, number = philox.seed_tensor(seed), torch.arange(len(x)) if index is None else index.cpu()
     t = draw_times(den.schedule, host_seed, number)
-    c_in: Tensor | float = 1.0
-    if den.predicts == "edm":
-        scale, _, _ = predict("edm", den.schedule.alpha(t), den.schedule.sigma(t), sigma_data=den.sigma_data)
-        c_in = torch.as_tensor(scale, dtype=torch.float32, device=x.device).reshape(-1, *(1,) * (x.ndim - 1))
     line = torch.arange(len(x), device=x.device)
     x_t, eps = noised(
         x,
@@ -106,9 +108,9 @@ def loss(
         eps=True,
     )
     x0 = x if x.is_floating_point() else x.to(x_t.dtype) / 127.5 - 1
+    c_in, weight, wanted = _columns(den, x0, x_t, eps, t)
     told = told_times(den.schedule, den.schedule.told(t)).to(x.device)
     F = den.net((c_in * x_t).to(den.dtype or x_t.dtype), told, cond)
-    weight, wanted = _wanted(den, x0, x_t, eps, t)
     if F.shape != wanted.shape:
         raise ValueError(
             f"loss: the network returned {tuple(F.shape)} where {den.predicts!r} of images {tuple(x.shape)} is wanted; "
