@@ -94,8 +94,8 @@ def case(shape: tuple[int, ...], *, noise: bool, device: str, backend: str, comp
         return worst
 
     kind = "noise in the kernel" if noise else "no noise"
-    # x and F are read, x' and the next input are written
     title = f"step_ {shape} fp32, {kind}"
+    # x and F are read, x' and the next input are written
     return Case(title, f"ours ({backend})", variants, check, 4 * 4 * x.numel(), skipped=skipped)
 
 
