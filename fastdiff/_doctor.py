@@ -161,9 +161,9 @@ def _print_ops() -> None:
     from fastdiff import ops as folder
     from fastdiff.ops import dispatch
 
-    # an op is registered when its module is imported; kernels (<op>_triton) are left alone
+    # an op is registered when its module is imported; kernels (<op>_<backend>) are imported when they are asked for
     for module in pkgutil.iter_modules(folder.__path__):
-        if not module.name.endswith("_triton"):
+        if not module.name.endswith(tuple(f"_{name}" for name in dispatch.BACKENDS)):
             try:
                 importlib.import_module(f"fastdiff.ops.{module.name}")
             except ImportError as error:
@@ -173,7 +173,7 @@ def _print_ops() -> None:
         print()
         for name in dispatch.BACKENDS:
             reason = dispatch.reason(op, name)
-            print(f"{op:17s}{name:11s}{(reason or 'runs').removeprefix(op + ' ')}")
+            print(f"{op:17s}{name:11s}{dispatch.state(op, name).removeprefix(op + ' ')}")
             if reason is not None and not reason.endswith("kernel yet"):
                 stuck.add(name)
     print()

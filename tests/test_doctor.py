@@ -31,8 +31,21 @@ def test_every_op_on_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"group_norm_silu", "q_sample", "step_", "time_embed"} <= set(dispatch.ops())
     for op in dispatch.ops():
         told = {name: text for first, name, text in (line for line in lines if len(line) == 3) if first == op}
-        assert told == {b: (dispatch.reason(op, b) or "runs").removeprefix(f"{op} ") for b in dispatch.BACKENDS}
-        assert told["reference"] == "runs"
+        assert told == {b: dispatch.state(op, b).removeprefix(f"{op} ") for b in dispatch.BACKENDS}
+        assert told["reference"].startswith("runs")
+        assert [text for text in told.values() if text.endswith("taken by auto")] == [
+            told[next(b for b in dispatch.BACKENDS if told[b].startswith("runs") and "by name" not in told[b])]
+        ]
+
+
+def test_a_backend_by_name_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {op: dict(backends) for op, backends in dispatch._table.items()}
+    table["q_sample"]["cuda"] = dispatch.Backend(print, lambda: None, lambda *_, **__: None, by_name="never run")
+    monkeypatch.setattr(dispatch, "_table", table)
+    assert dispatch.state("q_sample", "cuda") == "runs by name only, never run"
+    assert dispatch.chosen("q_sample") != "cuda"
+    with dispatch.backend("cuda"):
+        assert dispatch.chosen("q_sample") == "cuda"
 
 
 def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,9 +2,20 @@
 
 from fastdiff.ops.dispatch import BackendUnavailable, backend, why
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.inject import inject
 from fastdiff.ops.normal import normal
 from fastdiff.ops.q_sample import q_sample
 from fastdiff.ops.step import step_
 from fastdiff.ops.time_embed import time_embed
 
-__all__ = ["BackendUnavailable", "backend", "group_norm_silu", "normal", "q_sample", "step_", "time_embed", "why"]
+__all__ = [
+    "BackendUnavailable",
+    "backend",
+    "group_norm_silu",
+    "inject",
+    "normal",
+    "q_sample",
+    "step_",
+    "time_embed",
+    "why",
+]

@@ -11,6 +11,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+from torch.autograd import forward_ad
+
 BACKENDS = ("triton", "cuda", "cpp", "reference")
 """In the order in which `auto` tries them."""
 
@@ -28,6 +31,7 @@ class Backend(NamedTuple):
     run: Callable[..., Any]
     missing: Callable[[], str | None]
     refuses: Callable[..., str | None]
+    by_name: str | None = None
 
 
 _table: dict[str, dict[str, Backend]] = {}
@@ -40,10 +44,14 @@ def register(
     *,
     missing: Callable[[], str | None] = lambda: None,
     refuses: Callable[..., str | None] = lambda *_, **__: None,
+    by_name: str | None = None,
 ) -> None:
-    """Make `run` the backend `name` of `op`. `refuses` gets the arguments of the call."""
+    """Make `run` the backend `name` of `op`. `refuses` gets the arguments of the call.
+
+    by_name: why `auto` passes it by, where it does; asked for by name it runs.
+    """
     assert name in BACKENDS, name
-    _table.setdefault(op, {})[name] = Backend(run, missing, refuses)
+    _table.setdefault(op, {})[name] = Backend(run, missing, refuses, by_name)
 
 
 def ops() -> list[str]:
@@ -56,7 +64,16 @@ def reason(op: str, name: str, *args: Any, **given: Any) -> str | None:
     if name not in _table[op]:
         return f"{op} has no {name} kernel yet"
     entry = _table[op][name]
-    return entry.missing() or (entry.refuses(*args, **given) if args else None)
+    return entry.missing() or ((_transformed(name) or entry.refuses(*args, **given)) if args else None)
+
+
+def _transformed(name: str) -> str | None:
+    """Kernels have one derivative, the backward one, and no rule for a batch of calls."""
+    if name == "reference" or torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return "inside torch.func transforms and forward-mode derivatives only the reference runs"
+    return None
 
 
 def asked() -> str:
@@ -87,16 +104,25 @@ def chosen(op: str, *args: Any, **given: Any) -> str:
     """The name of the backend that will run `op` with these arguments. Raises BackendUnavailable."""
     name = asked()
     if name == "auto":
-        return next(n for n in BACKENDS if n in _table[op] and reason(op, n, *args, **given) is None)
+        return next(n for n in BACKENDS if _automatic(op, n) and reason(op, n, *args, **given) is None)
     why_not = reason(op, name, *args, **given)
     if why_not is not None:
         raise BackendUnavailable(f"{op} on {name}: {why_not}; use fd.backend('auto') or see `fastdiff doctor`")
     return name
 
 
+def _automatic(op: str, name: str) -> bool:
+    return name in _table[op] and _table[op][name].by_name is None
+
+
+def run(op: str, name: str) -> Callable[..., Any]:
+    """The function of backend `name`."""
+    return _table[op][name].run
+
+
 def choose(op: str, *args: Any, **given: Any) -> Callable[..., Any]:
     """The function that will run `op` with these arguments. Raises BackendUnavailable."""
-    return _table[op][chosen(op, *args, **given)].run
+    return run(op, chosen(op, *args, **given))
 
 
 def why(op: str, *args: Any, **given: Any) -> str:
@@ -106,9 +132,14 @@ def why(op: str, *args: Any, **given: Any) -> str:
     """
     if op not in _table:
         raise ValueError(f"op {op!r} is unknown; accepted: {', '.join(ops())}")
-    reasons = {name: reason(op, name, *args, **given) for name in BACKENDS}
-    first = next(name for name, why_not in reasons.items() if why_not is None)
-    return "\n".join(
-        f"{name:10s}{why_not or ('runs, taken by auto' if name == first else 'runs')}"
-        for name, why_not in reasons.items()
-    )
+    return "\n".join(f"{name:10s}{state(op, name, *args, **given)}" for name in BACKENDS)
+
+
+def state(op: str, name: str, *args: Any, **given: Any) -> str:
+    """What backend `name` would do with `op`: why it will not run, or that it runs, by name only or taken by `auto`."""
+    reasons = {n: reason(op, n, *args, **given) for n in BACKENDS if n == name or _automatic(op, n)}
+    if (why_not := reasons[name]) is not None:
+        return why_not
+    if not _automatic(op, name):
+        return f"runs by name only, {_table[op][name].by_name}"
+    return "runs, taken by auto" if name == next(n for n in reasons if reasons[n] is None) else "runs"

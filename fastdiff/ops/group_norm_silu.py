@@ -9,11 +9,13 @@ Sources: Wu & He 2018 (GroupNorm); Ho 2020 (`add`); Nichol & Dhariwal 2021 (`sca
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops import dispatch
+from fastdiff.ops import dispatch, library
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -49,6 +51,93 @@ def group_norm_silu_ref(
     return (functional.silu(y) if act else y).to(x.dtype)
 
 
+def layout(x: Tensor) -> torch.memory_format:
+    """The memory format of the result: channels_last where x is dense in it, and not in both."""
+    for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if x.ndim == ndim and not x.is_contiguous() and x.is_contiguous(memory_format=form):
+            return form
+    return torch.contiguous_format
+
+
+def _fake(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x2: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
+    y = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=layout(x))
+    return y, x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, stats: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None,
+    x2: Tensor | None = None, *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    form = layout(x)
+    dx2 = x.new_empty(0) if x2 is None else torch.empty_like(x2, memory_format=form)
+    return torch.empty_like(x, memory_format=form), dx2, stats.new_empty((*dy.shape[:2], 3))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, ctx.groups, weight, bias, ctx.eps, x2, add, scale, shift, ctx.act = inputs
+    ctx.save_for_backward(output[1], x, weight, bias, x2, add, scale, shift)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    stats, *inputs = ctx.saved_tensors
+    grads = _again(ctx, dy, inputs) if torch.is_grad_enabled() else _once(ctx, dy, stats, *inputs)
+    dx, dweight, dbias, dx2, dadd, dscale, dshift = grads
+    return dx, None, dweight, dbias, None, dx2, dadd, dscale, dshift, None
+
+
+def _again(ctx: Any, dy: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients in torch ops, which can be differentiated again."""
+    x, weight, bias, x2, add, scale, shift = inputs
+    assert x is not None
+    given = {"eps": ctx.eps, "x2": x2, "add": add, "scale": scale, "shift": shift, "act": ctx.act}
+    return library.grads_of(lambda: group_norm_silu_ref(x, ctx.groups, weight, bias, **given), inputs, dy)
+
+
+def _once(
+    ctx: Any,
+    dy: Tensor,
+    stats: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    x2: Tensor | None,
+    add: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> list[Tensor | None]:
+    """The gradients by the kernel, which leaves three sums over the pixels; the small ones follow from those.
+
+    s1 = sum_p dn,  s2 = sum_p dn xhat,  s3 = sum_p dz;   n is the argument of the SiLU, z = cat([x, x2], 1) + add.
+    """
+    run = library.registered("group_norm_silu_backward", ctx.backend)
+    dx, dx2, sums = run(dy, x, stats, ctx.groups, weight, bias, x2, add, scale, shift, ctx.act)
+    s1, s2, s3 = sums.unbind(2)
+    factor = 1.0 if scale is None else 1 + scale.to(sums.dtype)
+    dscale = None
+    if scale is not None:
+        n = s2 if weight is None else weight.to(sums.dtype) * s2
+        dscale = n if bias is None else n + bias.to(sums.dtype) * s1
+    return [
+        dx,
+        library.shaped_like(weight, factor * s2),
+        library.shaped_like(bias, factor * s1),
+        None if x2 is None else dx2,
+        library.shaped_like(add, s3),
+        library.shaped_like(scale, dscale),
+        library.shaped_like(shift, s1),
+    ]
+
+
 def group_norm_silu(
     x: Tensor,
     groups: int,
@@ -66,16 +155,57 @@ def group_norm_silu(
 
     x (N, C, *spatial) with any number of spatial axes; x2 (N, C2, *spatial) is normalised as if concatenated behind x;
     weight, bias (C + C2,); add, scale, shift (C + C2,) or (N, C + C2). Returns (N, C + C2, *spatial) in x's dtype.
-    Raises ValueError when the channels do not divide into `groups`. Wu & He 2018; Nichol & Dhariwal 2021, section 4.
+    Channels_last in, channels_last out. Twice differentiable in every tensor. Raises ValueError when the channels do
+    not divide into `groups` or shapes do not fit. Wu & He 2018; Nichol & Dhariwal 2021, section 4.
     """
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     if groups < 1 or channels % groups:
         raise ValueError(
             f"group_norm_silu: groups={groups} does not divide the {channels} channels of x; pass a divisor"
         )
-    run = dispatch.choose("group_norm_silu", x, groups, weight, bias, x2=x2, add=add, scale=scale, shift=shift)
-    y: Tensor = run(x, groups, weight, bias, eps=eps, x2=x2, add=add, scale=scale, shift=shift, act=act)
+    _check(x, channels, x2, {"weight": weight, "bias": bias}, {"add": add, "scale": scale, "shift": shift})
+    given = {"eps": eps, "x2": x2, "add": add, "scale": scale, "shift": shift, "act": act}
+    y: Tensor = library.call("group_norm_silu", x, groups, weight, bias, **given)[0]
     return y
 
 
-dispatch.register("group_norm_silu", "reference", group_norm_silu_ref)
+def _check(
+    x: Tensor,
+    channels: int,
+    x2: Tensor | None,
+    affine: dict[str, Tensor | None],
+    injected: dict[str, Tensor | None],
+) -> None:
+    if x2 is not None and (x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]):
+        raise ValueError(
+            f"group_norm_silu: x2 {tuple(x2.shape)} does not go beside x {tuple(x.shape)}; accepted: the same images "
+            "and the same size"
+        )
+    for name, v in (*affine.items(), *injected.items()):
+        accepted = [(channels,)] if name in affine else [(channels,), (x.shape[0], channels)]
+        if v is not None and tuple(v.shape) not in accepted:
+            raise ValueError(
+                f"group_norm_silu: {name} is {tuple(v.shape)}; accepted: {' or '.join(map(str, accepted))} for x "
+                f"{tuple(x.shape)}"
+            )
+
+
+def _reference(*args: Any, **given: Any) -> tuple[Tensor]:
+    return (group_norm_silu_ref(*args, **given),)
+
+
+library.describe(
+    "group_norm_silu",
+    "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps-5, Tensor? x2, Tensor? add, "
+    "Tensor? scale, Tensor? shift, bool act) -> (Tensor, Tensor)",
+    _fake,
+    setup=_setup,
+    backward=_backward,
+)
+library.describe(
+    "group_norm_silu_backward",
+    "(Tensor dy, Tensor x, Tensor stats, int groups, Tensor? weight, Tensor? bias, Tensor? x2, Tensor? add, "
+    "Tensor? scale, Tensor? shift, bool act) -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+dispatch.register("group_norm_silu", "reference", _reference)

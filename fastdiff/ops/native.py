@@ -87,14 +87,13 @@ def address(x: Tensor | None) -> int:
 
 
 def refuses(*tensors: Tensor | None) -> str | None:
-    """Why no CPU kernel takes these tensors: tracing, another device, or gradients that it would not record."""
-    if torch.compiler.is_compiling():
-        return "the cpp kernels have no place in a graph of torch.compile yet"
+    """Why no CPU kernel takes these tensors: where they lie."""
     for x in tensors:
-        if x is None:
-            continue
-        if x.device.type != "cpu":
+        if x is not None and x.device.type != "cpu":
             return f"the cpp kernels run on CPU tensors, got one on {x.device}"
-        if x.requires_grad and torch.is_grad_enabled():
-            return "an argument requires grad and this kernel records none; call it under torch.no_grad()"
     return None
+
+
+def records_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would have to follow one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

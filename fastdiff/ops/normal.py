@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastdiff.ops import dispatch, native, philox
+from fastdiff.ops import dispatch, library, philox
 
 
-def normal_cpp(
-    seed: Tensor,
-    index: Tensor,
-    step: int,
-    stream: int,
-    shape: torch.Size | tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`philox.normal` by csrc/cpu/q_sample.cpp."""
-    z = torch.empty(len(index), *shape)
-    seed, index = (native.dense(a, torch.int64) for a in (seed, index))
-    native.cpu.normal(
-        *(z.data_ptr(), seed.data_ptr(), index.data_ptr(), step, stream),
-        *(len(index), math.prod(shape), torch.get_num_threads()),
-    )
-    return z
-
-
-def _cpp_refuses(
-    seed: Tensor, index: Tensor, step: int, stream: int, shape: object, dtype: torch.dtype = torch.float32
-) -> str | None:
-    if dtype != torch.float32:
-        return f"the cpp kernel draws float32, not {dtype}"
-    return native.refuses(seed, index)
+def _fake(seed: Tensor, index: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
+    return index.new_empty((len(index), *shape), dtype=torch.float32)
 
 
 def normal(
@@ -41,19 +19,24 @@ def normal(
     index: Tensor,
     step: int,
     stream: int,
-    shape: torch.Size | tuple[int, ...],
+    shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals z (N, *shape) of the images `index` (N,) int64; layout and formula in `fastdiff.ops.philox`.
 
-    seed (1,) int64; step a row's number (< 2^24); stream 0..255, 128 and above being the user's.
+    seed (1,) int64; step a row's number (< 2^24); stream 0..255, 128 and above being the user's. dtype: fp32, or
+    float64 for the reference alone.
     """
     if seed.shape != (1,) or index.ndim != 1:
         raise ValueError(f"normal: seed must be (1,) and index (N,), got {tuple(seed.shape)} and {tuple(index.shape)}")
-    run = dispatch.choose("normal", seed, index, step, stream, shape, dtype)
-    z: Tensor = run(seed, index, step, stream, shape, dtype)
+    if dtype != torch.float32:
+        if dispatch.asked() not in ("auto", "reference"):
+            raise dispatch.BackendUnavailable(f"normal on {dispatch.asked()}: kernels draw float32, not {dtype}")
+        return philox.normal(seed, index, step, stream, shape, dtype)
+    z: Tensor = library.call("normal", seed, index, step, stream, shape)
     return z
 
 
+library.describe("normal", "(Tensor seed, Tensor index, int step, int stream, SymInt[] shape) -> Tensor", _fake)
 dispatch.register("normal", "reference", philox.normal)
-dispatch.register("normal", "cpp", normal_cpp, missing=native.missing, refuses=_cpp_refuses)
+library.kernel("normal", "cpp")

@@ -12,6 +12,7 @@ So an image's noise does not depend on batch, order, process count, layout or de
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def _box_muller(u0: Tensor, u1: Tensor) -> tuple[Tensor, Tensor]:
     return flip * torch.where(odd, -s, c), flip * torch.where(odd, c, s)
 
 
-def _fill(parts: tuple[Tensor, ...], n: int, shape: torch.Size | tuple[int, ...]) -> Tensor:
+def _fill(parts: tuple[Tensor, ...], n: int, shape: Sequence[int]) -> Tensor:
     return torch.stack(parts, 2).flatten(1)[:, : math.prod(shape)].reshape(n, *shape)
 
 
@@ -70,7 +71,7 @@ def uniform(
     index: Tensor,
     step: Tensor | int,
     stream: int,
-    shape: torch.Size | tuple[int, ...],
+    shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Uniform numbers u in (0, 1], (N, *shape), fp32 values whatever the dtype.
@@ -86,7 +87,7 @@ def normal(
     index: Tensor,
     step: Tensor | int,
     stream: int,
-    shape: torch.Size | tuple[int, ...],
+    shape: Sequence[int],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Standard normals z (N, *shape), see the head of this file; in float64 the same u go through float64 functions.

@@ -14,13 +14,11 @@ A coefficient of zero means that its operand is not read, so a NaN behind it doe
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastdiff import row
-from fastdiff.ops import dispatch, native, philox
+from fastdiff.ops import dispatch, library, philox
 
 VARIANCES = (None, "range", "moment")
 
@@ -158,70 +156,8 @@ def check(
             )
 
 
-def step_cpp_(
-    x: Tensor,
-    x_in: Tensor | None,
-    h: Tensor,
-    F: Tensor,
-    rows: Tensor,
-    k: Tensor,
-    index: Tensor,
-    seed: Tensor,
-    *,
-    variance: str | None = None,
-    noise: Tensor | None = None,
-    bad: Tensor | None = None,
-) -> None:
-    """`step_reference_` by csrc/cpu/step.cpp: one pass over the state, x_in and F read and written by stride."""
-    n, channels, *space = x.shape
-    if bad is not None and (bad.dtype != torch.int64 or not bad.is_contiguous()):
-        raise ValueError(f"step_: bad must be dense int64, got {bad.dtype} with strides {bad.stride()}")
-    rows, k, index, seed = (native.dense(a, d) for a, d in zip((rows, k, index, seed), _ROW_DTYPES, strict=True))
-    noise = None if noise is None else native.dense(noise, torch.float32)
-    F = F if F.dtype in native.FLOATS else F.float()
-    network = native.strided(F)
-    if network is None:
-        F = F.contiguous()
-        network = native.strided(F)
-    following = native.NOTHING if x_in is None else native.strided(x_in)
-    assert network is not None
-    assert following is not None
-    native.cpu.step(
-        *(x.data_ptr(), h.data_ptr()),
-        *following,
-        x_in is not None and len(x_in) > n,
-        *network,
-        len(F) > n,
-        *(rows.data_ptr(), len(rows)),
-        *map(native.address, (k, index, seed)),
-        VARIANCES.index(variance),
-        *map(native.address, (noise, bad)),
-        *(n, channels, math.prod(space), torch.get_num_threads()),
-    )
-
-
-_ROW_DTYPES = (torch.float32, torch.int64, torch.int64, torch.int64)
-
-
-def _cpp_refuses(
-    x: Tensor,
-    x_in: Tensor | None,
-    h: Tensor,
-    F: Tensor,
-    *numbers: Tensor,
-    variance: str | None = None,
-    noise: Tensor | None = None,
-    bad: Tensor | None = None,
-) -> str | None:
-    for name, a in (("x", x), ("h", h)):
-        if a.dtype != torch.float32:
-            return f"the state is float32 in the cpp kernel, got {name} in {a.dtype}"
-    if x_in is not None and (x_in.dtype not in native.FLOATS or native.strided(x_in) is None):
-        return (
-            f"x_in must be float32, bfloat16 or float16, contiguous or channels_last, got {x_in.dtype} with strides "
-            f"{x_in.stride()}"
-        )
-    return native.refuses(x, x_in, h, F, *numbers, noise, bad)
+def _fake(*_: object) -> None:
+    """It returns nothing."""
 
 
 def step_(
@@ -249,9 +185,15 @@ def step_(
     """
     args = (x, x_in, h, F, rows, k, index, seed)
     check(*args, variance=variance, noise=noise, bad=bad)
-    run = dispatch.choose("step_", *args, variance=variance, noise=noise, bad=bad)
-    run(*args, variance=variance, noise=noise, bad=bad)
+    library.call("step_", *args, variance=variance, noise=noise, bad=bad)
 
 
+library.describe(
+    "step_",
+    "(Tensor(a!) x, Tensor(b!)? x_in, Tensor(c!) h, Tensor F, Tensor rows, Tensor k, Tensor index, Tensor seed, "
+    "str? variance, Tensor? noise, Tensor(d!)? bad) -> ()",
+    _fake,
+    mutates=("x", "x_in", "h", "bad"),
+)
 dispatch.register("step_", "reference", step_reference_)
-dispatch.register("step_", "cpp", step_cpp_, missing=native.missing, refuses=_cpp_refuses)
+library.kernel("step_", "cpp")

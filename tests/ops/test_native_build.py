@@ -14,7 +14,7 @@ import torch
 
 from fastdiff import row
 from fastdiff.ops import dispatch, native, step_
-from fastdiff.ops.step import step_cpp_
+from fastdiff.ops.step_cpp import run as step_cpp_
 from tests.ops.cases import Case, inputs, run
 from tests.process import python
 

@@ -1,0 +1,117 @@
+"""The injection of the time embedding where no norm stands beside it.
+
+    y = (x + add) (1 + scale) + shift,  then silu where asked
+
+add, scale, shift hold one number a channel, or one an image and channel.
+
+Sources: Ho 2020 (`add`); Nichol & Dhariwal 2021, section 4 (`scale`, `shift`); Perez 2018 (FiLM).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastdiff.ops import dispatch, library
+from fastdiff.ops.group_norm_silu import layout
+
+
+def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+    return v.reshape(*v.shape, *(1,) * (x.ndim - 2))
+
+
+def inject_ref(
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = False,
+) -> Tensor:
+    """The formula above in plain PyTorch; arithmetic in fp32 at least, result in x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    if add is not None:
+        y = y + _per_channel(add.to(wide), y)
+    if scale is not None:
+        y = y * (1 + _per_channel(scale.to(wide), y))
+    if shift is not None:
+        y = y + _per_channel(shift.to(wide), y)
+    return (functional.silu(y) if act else y).to(x.dtype)
+
+
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=layout(x))
+
+
+def _fake_backward(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _fake(x), x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.act = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    grads = _again(ctx, dy, inputs) if torch.is_grad_enabled() else _once(ctx, dy, *inputs)
+    return (*grads, None)
+
+
+def _again(ctx: Any, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients in torch ops, which can be differentiated again."""
+    x, add, scale, shift = inputs
+    assert x is not None
+    return library.grads_of(lambda: inject_ref(x, add=add, scale=scale, shift=shift, act=ctx.act), inputs, dy)
+
+
+def _once(
+    ctx: Any, dy: Tensor, x: Tensor, add: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients by the kernel: dx, and s1 = sum_p dn, s2 = sum_p dn (x + add) of the SiLU's argument n."""
+    dx, sums = library.registered("inject_backward", ctx.backend)(dy, x, add, scale, shift, ctx.act)
+    s1, s2 = sums.unbind(2)
+    dadd = s1 if scale is None else (1 + scale.to(s1.dtype)) * s1
+    return [dx, library.shaped_like(add, dadd), library.shaped_like(scale, s2), library.shaped_like(shift, s1)]
+
+
+def inject(
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = False,
+) -> Tensor:
+    """(x + add) (1 + scale) + shift, then SiLU with act=True, in one pass; (N, C, *spatial) in x's dtype and layout.
+
+    x (N, C, *spatial); add, scale, shift (C,) or (N, C). Twice differentiable in every tensor. Raises ValueError where
+    shapes do not fit. Ho 2020; Nichol & Dhariwal 2021, section 4.
+    """
+    accepted = [(x.shape[1],), (x.shape[0], x.shape[1])]
+    for name, v in (("add", add), ("scale", scale), ("shift", shift)):
+        if v is not None and tuple(v.shape) not in accepted:
+            raise ValueError(
+                f"inject: {name} is {tuple(v.shape)}; accepted: {accepted[0]} or {accepted[1]} for x {tuple(x.shape)}"
+            )
+    y: Tensor = library.call("inject", x, add=add, scale=scale, shift=shift, act=act)
+    return y
+
+
+library.describe(
+    "inject",
+    "(Tensor x, Tensor? add, Tensor? scale, Tensor? shift, bool act) -> Tensor",
+    _fake,
+    setup=_setup,
+    backward=_backward,
+)
+library.describe(
+    "inject_backward",
+    "(Tensor dy, Tensor x, Tensor? add, Tensor? scale, Tensor? shift, bool act) -> (Tensor, Tensor)",
+    _fake_backward,
+)
+dispatch.register("inject", "reference", inject_ref)

@@ -1,0 +1,42 @@
+"""Triton kernels: whether they can run here, and how they are launched.
+
+TRITON_INTERPRET=1, set before the process starts, runs them on CPU tensors in Triton's interpreter: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+UNPROVEN = "proved in Triton's interpreter and by compiling it, not yet run on a GPU"
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run here, None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    return None
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel takes these tensors: where they lie."""
+    accepted = "cpu" if INTERPRETED else "cuda"
+    for x in tensors:
+        if x is not None and x.device.type != accepted:
+            return f"the Triton kernels run on {accepted} tensors here, got one on {x.device}"
+    return None
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
+    """kernel[grid], in the form that torch.compile sees through while it traces."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return torch.library.wrap_triton(kernel)[grid]
+    return kernel[grid]

@@ -1,0 +1,173 @@
+"""The ops as PyTorch knows them: `torch.ops.fastdiff.<op>_<backend>`, with fake kernels, autograd and torch.compile.
+
+An op says once what it is (`describe`) and which backends have a kernel for it (`kernel`). The kernels live in
+`fastdiff/ops/<op>_<backend>.py` as `run` and `refuses`; they are imported, and registered with torch.library, when
+their backend is asked for the first time. A plain eager call goes to `run` itself: the dispatcher costs more than a
+small op.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.ops import cuda, dispatch, jit, native
+
+NAMESPACE = "fastdiff"
+MISSING = {"cpp": native.missing, "triton": jit.missing, "cuda": cuda.missing}
+
+
+class Described(NamedTuple):
+    """What torch must be told of an op, whichever backend runs it."""
+
+    schema: str
+    fake: Callable[..., Any]
+    mutates: tuple[str, ...]
+    setup: Callable[..., None] | None
+    backward: Callable[..., Any] | None
+
+
+_described: dict[str, Described] = {}
+_waiting: dict[str, list[str]] = {backend: [] for backend in MISSING}  # ops whose kernels are not imported yet
+_reasons: dict[str, str | None] = {}
+
+
+def describe(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    mutates: tuple[str, ...] = (),
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Say what `op` is. The schema's arguments are all positional and have no defaults: torch differentiates no
+    keyword-only ones, and loses count of defaults beside lists of tensors.
+
+    fake(*args) returns empty results of true shapes, dtypes and strides. setup(ctx, inputs, output) and
+    backward(ctx, *grads) are those of torch.library.register_autograd; ctx.backend names the kernels' backend.
+    """
+    _described[op] = Described(schema, fake, mutates, setup, backward)
+
+
+def _stem(op: str, backend: str) -> str:
+    return f"fastdiff.ops.{op.removesuffix('_backward').rstrip('_')}_{backend}"
+
+
+def kernel(op: str, backend: str, *, by_name: str | None = None) -> None:
+    """Declare that fastdiff/ops/<op>_<backend>.py runs `op`; by_name says why `auto` passes it by, where it does."""
+    home = _stem(op, backend)
+    _waiting[backend].append(op)
+
+    # missing() has imported the module before either of these is called
+    def run(*args: Any, **given: Any) -> Any:
+        return sys.modules[home].run(*args, **given)
+
+    def refuses(*args: Any, **given: Any) -> str | None:
+        why: str | None = sys.modules[home].refuses(*args, **given)
+        return why
+
+    def missing() -> str | None:
+        return _load(backend)
+
+    dispatch.register(op, backend, run, missing=missing, refuses=refuses, by_name=by_name)
+
+
+def _load(backend: str) -> str | None:
+    """Import and register the kernels of a backend; the reason why they cannot run here, None when they can."""
+    if backend not in _reasons:
+        _reasons[backend] = MISSING[backend]()
+    while _reasons[backend] is None and _waiting[backend]:
+        _attach(_waiting[backend].pop(), backend)
+    return _reasons[backend]
+
+
+# the mark of torch.compiler.assume_constant_result, whose own import of the compiler takes a second: dynamo runs it
+_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _attach(op: str, backend: str) -> None:
+    """Register the kernels of `op`, and of `<op>_backward` where described, with torch.library."""
+    module = importlib.import_module(_stem(op, backend))
+    _define(op, backend, module.run)
+    if f"{op}_backward" in _described:
+        _define(f"{op}_backward", backend, module.run_backward)
+
+
+def _define(op: str, backend: str, run: Callable[..., Any]) -> None:
+    what = _described[op]
+    name = f"{NAMESPACE}::{op.rstrip('_')}_{backend}"
+    define: Any = torch.library.triton_op if backend == "triton" else torch.library.custom_op
+    registered = define(name, _by_position(run), mutates_args=what.mutates, schema=what.schema)
+    registered.register_fake(what.fake)
+    if what.backward is not None:
+        setup = what.setup
+        assert setup is not None
+
+        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend = backend
+            setup(ctx, inputs, output)
+
+        registered.register_autograd(what.backward, setup_context=remember)
+
+
+def _by_position(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with its keyword-only arguments given by position, in the order of its signature."""
+    kinds = inspect.signature(run).parameters.values()
+    first = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in kinds)
+    names = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
+
+    def call(*args: Any) -> Any:
+        return run(*args[:first], **dict(zip(names, args[first:], strict=False)))  # `out` is not of the schema
+
+    return call
+
+
+def registered(op: str, backend: str) -> Any:
+    """The op torch.ops.fastdiff.<op>_<backend>, once the backend has been asked for."""
+    return getattr(torch.ops.fastdiff, f"{op.rstrip('_')}_{backend}")
+
+
+def call(op: str, *args: Any, **given: Any) -> Any:
+    """Run `op` on the backend that `dispatch` chooses: its function directly, or the registered op around it.
+
+    The registered op is for gradients, tracing, tensor subclasses and dispatch modes (fake tensors, counters).
+    """
+    backend = dispatch.chosen(op, *args, **given)
+    if backend == "reference" or _plain(*args, *given.values()):
+        return dispatch.run(op, backend)(*args, **given)
+    return registered(op, backend)(*args, **given)
+
+
+def _plain(*args: Any) -> bool:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return not any(
+        isinstance(a, Tensor) and (type(a) not in (Tensor, nn.Parameter) or (grad and a.requires_grad)) for a in args
+    )
+
+
+def grads_of(formula: Callable[[], Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of formula() for those inputs that require them, by torch's autograd; None for the others.
+
+    They can be differentiated again where grad mode is on. formula is made of `inputs`, the saved ones themselves.
+    """
+    again = torch.is_grad_enabled()
+    wanted = [v for v in inputs if v is not None and v.requires_grad]
+    with torch.enable_grad():
+        found = iter(torch.autograd.grad(formula(), wanted, grad, create_graph=again, allow_unused=True))
+    return [next(found) if v is not None and v.requires_grad else None for v in inputs]
+
+
+def shaped_like(v: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """grad (N, C) as the gradient of v: summed over the images where v is (C,), in v's dtype."""
+    if v is None or grad is None:
+        return None
+    return (grad.sum(0) if v.ndim == 1 else grad).to(v.dtype)
