@@ -1,10 +1,18 @@
 // fastdiff._cpu: the CPU kernels for Python. Tensors come as addresses; their owner has checked shapes and dtypes.
 #include <pybind11/pybind11.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <cmath>
 #include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
+#include "cpu/group_norm.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -18,10 +26,18 @@ struct Kernels {
     void (*normal)(const Normal&);
     void (*q_sample)(const QSample&);
     void (*step)(const Step&);
+    void (*time_embed)(const TimeEmbed&);
+    bool (*group_norm)(const GroupNorm&);
+    bool (*group_norm_backward)(const GroupNormBackward&);
+    bool (*inject)(const Inject&);
+    bool (*inject_backward)(const InjectBackward&);
 };
 
-#define FASTDIFF_KERNELS(isa, runs) \
-    { #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step }
+#define FASTDIFF_KERNELS(isa, runs)                                                                             \
+    {                                                                                                           \
+        #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step, isa::time_embed, isa::group_norm, \
+            isa::group_norm_backward, isa::inject, isa::inject_backward                                         \
+    }
 
 #if defined(__clang__)
 #define FASTDIFF_RUNS_V3                                                                       \
@@ -86,16 +102,18 @@ void normal(uintptr_t out, uintptr_t seed, uintptr_t index, int64_t step, uint32
     chosen.normal(call);
 }
 
-void q_sample(uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, uintptr_t t, uintptr_t table,
-              int64_t lines, uintptr_t seed, uintptr_t index, int64_t step, uint32_t stream, uintptr_t x_t,
-              uintptr_t eps, uintptr_t v, int dtype, int64_t images, int64_t size, int threads) {
-    check_size(size);
+void q_sample(uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, uintptr_t where, int64_t where_image,
+              int64_t where_channel, int64_t where_pixel, uintptr_t t, uintptr_t table, int64_t lines, uintptr_t seed,
+              uintptr_t index, int64_t step, uint32_t stream, uintptr_t x_t, uintptr_t eps, uintptr_t v, int dtype,
+              int64_t images, int64_t channels, int64_t pixels, int threads) {
+    check_size(channels * pixels);
     for (int64_t n = 0; n < images; ++n)
         if (const int64_t time = at<int64_t>(t)[n]; time < 0 || time >= lines)
             throw py::index_error("q_sample: t[" + std::to_string(n) + "] = " + std::to_string(time) +
                                   " is out of range; the table has the lines 0 to " + std::to_string(lines - 1));
     const QSample call{at<void>(x0),
                        at<void>(noise),
+                       {at<void>(where), UINT8, where_image, where_channel, where_pixel},
                        Dtype(x0_dtype),
                        Dtype(noise_dtype),
                        at<int64_t>(t),
@@ -109,7 +127,8 @@ void q_sample(uintptr_t x0, int x0_dtype, uintptr_t noise, int noise_dtype, uint
                        at<void>(v),
                        Dtype(dtype),
                        images,
-                       size,
+                       channels,
+                       pixels,
                        threads};
     const py::gil_scoped_release released;
     chosen.q_sample(call);
@@ -154,6 +173,78 @@ void step(uintptr_t x, uintptr_t h, uintptr_t x_in, int x_in_dtype, int64_t x_in
     chosen.step(call);
 }
 
+void time_embed(uintptr_t t, bool whole, double max_period, double shift, double scale, bool flip, uintptr_t out,
+                int dtype, int64_t images, int64_t dim, int threads) {
+    // here, so that every ISA gets the same bits; with room for the widest vector behind them
+    std::vector<double> frequencies(dim / 2 + 8);
+    for (int64_t j = 0; j < dim / 2; ++j)
+        frequencies[j] = std::exp(-std::log(max_period) * double(j) / (double(dim / 2) - shift));
+    const TimeEmbed call{at<void>(t),   whole,        frequencies.data(), scale, flip, at<void>(out),
+                         Dtype(dtype), images, dim,    threads};
+    const py::gil_scoped_release released;
+    chosen.time_embed(call);
+}
+
+// Asks for huge pages under memory that malloc has just mapped: a first touch of each 2 MB instead of each 4 KB.
+// Only advice: what does not know it ignores it.
+void advise_huge(uintptr_t address, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = sysconf(_SC_PAGESIZE), first = (address + page - 1) / page * page;
+    const uintptr_t last = (address + bytes) / page * page;
+    if (first < last) madvise(at<void>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)address, (void)bytes;
+#endif
+}
+
+// fastdiff/ops/group_norm_silu_cpp.py builds the tuple
+Normed normed(const py::tuple& in) {
+    const auto whole = [&](int i) { return in[i].cast<int64_t>(); };
+    const auto per_channel = [&](int i) { return PerChannel{at<float>(in[i].cast<uintptr_t>()), whole(i + 1)}; };
+    return {at<void>(in[0].cast<uintptr_t>()),
+            at<void>(in[1].cast<uintptr_t>()),
+            whole(2),
+            Dtype(whole(3)),
+            in[4].cast<bool>(),
+            whole(5),
+            whole(6),
+            whole(7),
+            whole(8),
+            per_channel(9),
+            per_channel(11),
+            per_channel(13),
+            per_channel(15),
+            per_channel(17),
+            in[19].cast<bool>(),
+            in[20].cast<int>()};
+}
+
+template <typename Call>
+void finish(bool (*kernel)(const Call&), const Call& call) {
+    bool done;
+    {
+        const py::gil_scoped_release released;
+        done = kernel(call);
+    }
+    if (!done) throw std::bad_alloc();
+}
+
+void group_norm(const py::tuple& in, double eps, uintptr_t y, uintptr_t stats) {
+    finish(chosen.group_norm, GroupNorm{normed(in), eps, at<void>(y), at<float>(stats)});
+}
+
+void group_norm_backward(const py::tuple& in, uintptr_t stats, uintptr_t dy, uintptr_t dx, uintptr_t dx2,
+                         uintptr_t sums) {
+    finish(chosen.group_norm_backward, GroupNormBackward{normed(in), at<float>(stats), at<void>(dy), at<void>(dx),
+                                                         at<void>(dx2), at<float>(sums)});
+}
+
+void inject(const py::tuple& in, uintptr_t y) { finish(chosen.inject, Inject{normed(in), at<void>(y)}); }
+
+void inject_backward(const py::tuple& in, uintptr_t dy, uintptr_t dx, uintptr_t sums) {
+    finish(chosen.inject_backward, InjectBackward{normed(in), at<void>(dy), at<void>(dx), at<float>(sums)});
+}
+
 #define FASTDIFF_TEXT(...) #__VA_ARGS__
 #define FASTDIFF_NAMES(...) FASTDIFF_TEXT(__VA_ARGS__)
 
@@ -171,4 +262,10 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("normal", &normal);
     m.def("q_sample", &q_sample);
     m.def("step", &step);
+    m.def("time_embed", &time_embed);
+    m.def("advise_huge", &advise_huge);
+    m.def("group_norm", &group_norm);
+    m.def("group_norm_backward", &group_norm_backward);
+    m.def("inject", &inject);
+    m.def("inject_backward", &inject_backward);
 }

@@ -8,12 +8,19 @@ trap 'rm -rf "$work"' EXIT
 cp -r "$root/setup.py" "$root/pyproject.toml" "$root/csrc" "$root/fastdiff" "$root/tests" "$work"
 find "$work" -name "*.so" -delete
 cd "$work"
-flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g"
+# -O3 under the sanitizers compiles for minutes a file; the explicit vectors, and so the addresses, are the same
+sed -i 's/"-O3"/"-O1"/' setup.py
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 CXXFLAGS="$flags" LDFLAGS="$flags" FASTDIFF_REQUIRE_CPP=1 "${PYTHON:-python}" setup.py -q build_ext --inplace
 library() { g++ -print-file-name="lib$1.so"; }
+tests=""
+for op in step q_sample time_embed group_norm_silu inject cpp group_norm_cpp cells; do
+    if [ -e "tests/ops/test_$op.py" ]; then tests="$tests tests/ops/test_$op.py"; fi
+done
 for isa in ${ISAS:-v4 v3 base}; do
     # Python itself is no leak test, and pybind11's exceptions need the C++ runtime loaded before the sanitizer
+    # shellcheck disable=SC2086
     env FASTDIFF_ISA="$isa" ASAN_OPTIONS=detect_leaks=0 \
         LD_PRELOAD="$(library asan) $(library ubsan) $(library stdc++)" \
-        "${PYTHON:-python}" -m pytest tests/ops/test_step.py tests/ops/test_q_sample.py "$@"
+        "${PYTHON:-python}" -m pytest $tests "$@"
 done

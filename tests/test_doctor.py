@@ -42,10 +42,12 @@ def test_a_backend_by_name_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     table = {op: dict(backends) for op, backends in dispatch._table.items()}
     table["q_sample"]["cuda"] = dispatch.Backend(print, lambda: None, lambda *_, **__: None, by_name="never run")
     monkeypatch.setattr(dispatch, "_table", table)
-    assert dispatch.state("q_sample", "cuda") == "runs by name only, never run"
+    assert dispatch.state("q_sample", "cuda") == "runs by name only; never run"
     assert dispatch.chosen("q_sample") != "cuda"
     with dispatch.backend("cuda"):
         assert dispatch.chosen("q_sample") == "cuda"
+    table["q_sample"]["cuda"] = table["q_sample"]["cuda"]._replace(missing=lambda: "no GPU")
+    assert dispatch.state("q_sample", "cuda") == "no GPU; never run"
 
 
 def test_versions_and_machine(capsys: pytest.CaptureFixture[str]) -> None:

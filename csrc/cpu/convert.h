@@ -57,7 +57,9 @@ inline void narrow(float v, Float16* out) {
     out->word = (uint16_t)(sign | word);
 }
 
-// no call converts more than this at once
+constexpr int64_t width(Dtype dtype) { return dtype == FLOAT32 ? 4 : dtype == UINT8 ? 1 : 2; }
+
+// no call with a stride converts more than this at once
 constexpr int64_t TILE = 1024;
 
 template <typename T>

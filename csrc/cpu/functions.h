@@ -42,6 +42,29 @@ inline Pair turn(F32 scaled) {
     return {(F32)((U32)cosine ^ ((quarter + (1u << 30)) & SIGN)), (F32)((U32)sine ^ (quarter & SIGN))};
 }
 
+struct Pair64 {
+    F64 cosine, sine;
+};
+
+constexpr double FARTHEST = 0x1p20;
+
+// cos and sin of up to FARTHEST radians within 2e-9: for results that are rounded to fp32
+inline Pair64 turn(F64 angle) {
+    // rounds to whole quarters, whose number the last bits then hold
+    const F64 shifted = angle * 0x1.45f306dc9c883p-1 + 0x1.8p+52, n = shifted - 0x1.8p+52;
+    // pi / 2 in two parts, the first with few enough bits for an exact product
+    const F64 y = (angle - n * 0x1.921fb544p+0) - n * 0x1.0b4611a626331p-34, yy = y * y;
+    // Taylor's: the first terms left out are y^11 / 11! and y^12 / 12!
+    F64 s = yy * (1.0 / 362880) - 1.0 / 5040, c = 1.0 / 40320 - yy * (1.0 / 3628800);
+    s = (s * yy + 1.0 / 120) * yy - 1.0 / 6;
+    c = ((c * yy - 1.0 / 720) * yy + 1.0 / 24) * yy - 0.5;
+    s = y + y * yy * s;
+    c = 1.0 + yy * c;
+    const U64 quarter = (U64)shifted, odd = U64{} - (quarter & 1);
+    const U64 cosine = ((U64)c & ~odd) | ((U64)s & odd), sine = ((U64)s & ~odd) | ((U64)c & odd);
+    return {(F64)(cosine ^ (((quarter + 1) & 2) << 62)), (F64)(sine ^ ((quarter & 2) << 62))};
+}
+
 // e^x; overflows to inf, underflows through the subnormals to 0, NaN stays NaN
 inline F32 exponential(F32 x) {
     x = x > 90.0f ? F32{} + 90.0f : x;

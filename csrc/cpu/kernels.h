@@ -32,9 +32,10 @@ struct Normal {
     int threads;
 };
 
-// x_t = alpha x0 + sigma eps, v = alpha eps - sigma x0; noise, eps and v may be null
+// x_t = alpha x0 + sigma eps, v = alpha eps - sigma x0; noise, where.data, eps and v may be null
 struct QSample {
     const void *x0, *noise;
+    Strided where;  // bytes: x_t is x0 where they are 0
     Dtype x0_dtype, noise_dtype;
     const int64_t* t;
     const float* table;
@@ -43,7 +44,7 @@ struct QSample {
     uint32_t stream;
     void *x_t, *eps, *v;
     Dtype dtype;  // of the three outputs
-    int64_t images, size;
+    int64_t images, channels, pixels;
     int threads;
 };
 
@@ -61,11 +62,25 @@ struct Step {
     int threads;
 };
 
+// [sin, cos] of scale t f_j, [cos, sin] with flip; a zero behind them where dim is odd
+struct TimeEmbed {
+    const void* t;
+    bool whole;                 // t is int64, else float
+    const double* frequencies;  // f_j, dim / 2 of them, monotone; a vector may be read behind them
+    double scale;
+    bool flip;
+    void* out;
+    Dtype dtype;
+    int64_t images, dim;
+    int threads;
+};
+
 #define FASTDIFF_DECLARE(isa)        \
     namespace isa {                  \
     void normal(const Normal& call); \
     void q_sample(const QSample& call); \
     void step(const Step& call);     \
+    void time_embed(const TimeEmbed& call); \
     }
 FASTDIFF_DECLARE(base)
 FASTDIFF_DECLARE(v3)

@@ -54,6 +54,11 @@ def register(
     _table.setdefault(op, {})[name] = Backend(run, missing, refuses, by_name)
 
 
+def replace(op: str, name: str, **changes: Callable[..., Any]) -> None:
+    """Change fields of a registered backend."""
+    _table[op][name] = _table[op][name]._replace(**changes)  # type: ignore[arg-type]
+
+
 def ops() -> list[str]:
     """The names of all registered ops."""
     return sorted(_table)
@@ -104,7 +109,10 @@ def chosen(op: str, *args: Any, **given: Any) -> str:
     """The name of the backend that will run `op` with these arguments. Raises BackendUnavailable."""
     name = asked()
     if name == "auto":
-        return next(n for n in BACKENDS if _automatic(op, n) and reason(op, n, *args, **given) is None)
+        for n in BACKENDS:
+            if _automatic(op, n) and reason(op, n, *args, **given) is None:
+                return n
+        raise AssertionError(f"{op} has no reference")
     why_not = reason(op, name, *args, **given)
     if why_not is not None:
         raise BackendUnavailable(f"{op} on {name}: {why_not}; use fd.backend('auto') or see `fastdiff doctor`")
@@ -138,8 +146,9 @@ def why(op: str, *args: Any, **given: Any) -> str:
 def state(op: str, name: str, *args: Any, **given: Any) -> str:
     """What backend `name` would do with `op`: why it will not run, or that it runs, by name only or taken by `auto`."""
     reasons = {n: reason(op, n, *args, **given) for n in BACKENDS if n == name or _automatic(op, n)}
+    label = _table[op][name].by_name if name in _table[op] else None
     if (why_not := reasons[name]) is not None:
-        return why_not
-    if not _automatic(op, name):
-        return f"runs by name only, {_table[op][name].by_name}"
+        return f"{why_not}; {label}" if label else why_not
+    if label:
+        return f"runs by name only; {label}"
     return "runs, taken by auto" if name == next(n for n in reasons if reasons[n] is None) else "runs"

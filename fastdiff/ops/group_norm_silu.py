@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops import dispatch, library
+from fastdiff.ops import cuda, dispatch, jit, library
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -43,6 +43,12 @@ def group_norm_silu_ref(
     if add is not None:
         y = y + _per_channel(add.to(wide), y)
     weight, bias = (None if p is None else p.to(wide) for p in (weight, bias))
+    if bias is not None and bias.requires_grad and weight is None:
+        # PyTorch 2.13 has no gradient of a bias alone
+        weight = torch.ones_like(bias)
+    if not y.requires_grad and any(p is not None and p.requires_grad for p in (weight, bias)):
+        # and dies in the gradient of the parameters alone where y is channels_last
+        y = y.contiguous()
     y = functional.group_norm(y, groups, weight, bias, eps)
     if scale is not None:
         y = y * (1 + _per_channel(scale.to(wide), y))
@@ -53,10 +59,26 @@ def group_norm_silu_ref(
 
 def layout(x: Tensor) -> torch.memory_format:
     """The memory format of the result: channels_last where x is dense in it, and not in both."""
+    if x.is_contiguous():
+        return torch.contiguous_format
     for ndim, form in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.ndim == ndim and not x.is_contiguous() and x.is_contiguous(memory_format=form):
+        if x.ndim == ndim and x.is_contiguous(memory_format=form):
             return form
     return torch.contiguous_format
+
+
+def check_numbers(op: str, x: Tensor, channels: int, *, per_image: bool, **given: Tensor | None) -> None:
+    """Raise ValueError for a tensor that is not (channels,), nor, where they may differ by image, (N, channels)."""
+    for name, v in given.items():
+        # size by size: a traced size equals none inside a tuple
+        if v is None or (
+            v.ndim in ((1, 2) if per_image else (1,))
+            and v.shape[-1] == channels
+            and (v.ndim == 1 or v.shape[0] == x.shape[0])
+        ):
+            continue
+        accepted = f"({channels},)" + (f" or {(x.shape[0], channels)}" if per_image else "")
+        raise ValueError(f"{op}: {name} is {tuple(v.shape)}; accepted: {accepted} for x {tuple(x.shape)}")
 
 
 def _fake(
@@ -97,10 +119,14 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 
 def _again(ctx: Any, dy: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
     """The gradients in torch ops, which can be differentiated again."""
-    x, weight, bias, x2, add, scale, shift = inputs
-    assert x is not None
-    given = {"eps": ctx.eps, "x2": x2, "add": add, "scale": scale, "shift": shift, "act": ctx.act}
-    return library.grads_of(lambda: group_norm_silu_ref(x, ctx.groups, weight, bias, **given), inputs, dy)
+
+    def formula(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, x2: Tensor | None, *injected: Tensor | None
+    ) -> Tensor:
+        given = dict(zip(("add", "scale", "shift"), injected, strict=True))
+        return group_norm_silu_ref(x, ctx.groups, weight, bias, eps=ctx.eps, x2=x2, act=ctx.act, **given)
+
+    return library.grads_of(formula, inputs, dy)
 
 
 def _once(
@@ -163,31 +189,16 @@ def group_norm_silu(
         raise ValueError(
             f"group_norm_silu: groups={groups} does not divide the {channels} channels of x; pass a divisor"
         )
-    _check(x, channels, x2, {"weight": weight, "bias": bias}, {"add": add, "scale": scale, "shift": shift})
-    given = {"eps": eps, "x2": x2, "add": add, "scale": scale, "shift": shift, "act": act}
-    y: Tensor = library.call("group_norm_silu", x, groups, weight, bias, **given)[0]
-    return y
-
-
-def _check(
-    x: Tensor,
-    channels: int,
-    x2: Tensor | None,
-    affine: dict[str, Tensor | None],
-    injected: dict[str, Tensor | None],
-) -> None:
     if x2 is not None and (x2.shape[0] != x.shape[0] or x2.shape[2:] != x.shape[2:]):
         raise ValueError(
             f"group_norm_silu: x2 {tuple(x2.shape)} does not go beside x {tuple(x.shape)}; accepted: the same images "
             "and the same size"
         )
-    for name, v in (*affine.items(), *injected.items()):
-        accepted = [(channels,)] if name in affine else [(channels,), (x.shape[0], channels)]
-        if v is not None and tuple(v.shape) not in accepted:
-            raise ValueError(
-                f"group_norm_silu: {name} is {tuple(v.shape)}; accepted: {' or '.join(map(str, accepted))} for x "
-                f"{tuple(x.shape)}"
-            )
+    check_numbers("group_norm_silu", x, channels, per_image=False, weight=weight, bias=bias)
+    check_numbers("group_norm_silu", x, channels, per_image=True, add=add, scale=scale, shift=shift)
+    given = {"eps": eps, "x2": x2, "add": add, "scale": scale, "shift": shift, "act": act}
+    y: Tensor = library.call("group_norm_silu", x, groups, weight, bias, **given)[0]
+    return y
 
 
 def _reference(*args: Any, **given: Any) -> tuple[Tensor]:
@@ -196,7 +207,7 @@ def _reference(*args: Any, **given: Any) -> tuple[Tensor]:
 
 library.describe(
     "group_norm_silu",
-    "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps-5, Tensor? x2, Tensor? add, "
+    "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, Tensor? x2, Tensor? add, "
     "Tensor? scale, Tensor? shift, bool act) -> (Tensor, Tensor)",
     _fake,
     setup=_setup,
@@ -209,3 +220,6 @@ library.describe(
     _fake_backward,
 )
 dispatch.register("group_norm_silu", "reference", _reference)
+library.kernel("group_norm_silu", "cpp")
+library.kernel("group_norm_silu", "triton", by_name=jit.UNPROVEN)
+library.kernel("group_norm_silu", "cuda", by_name=cuda.COMPILED_ONLY)

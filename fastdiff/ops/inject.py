@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops import dispatch, library
-from fastdiff.ops.group_norm_silu import layout
+from fastdiff.ops import cuda, dispatch, jit, library
+from fastdiff.ops.group_norm_silu import check_numbers, layout
 
 
 def _per_channel(v: Tensor, x: Tensor) -> Tensor:
@@ -64,9 +64,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _again(ctx: Any, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """The gradients in torch ops, which can be differentiated again."""
-    x, add, scale, shift = inputs
-    assert x is not None
-    return library.grads_of(lambda: inject_ref(x, add=add, scale=scale, shift=shift, act=ctx.act), inputs, dy)
+
+    def formula(x: Tensor, add: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        return inject_ref(x, add=add, scale=scale, shift=shift, act=ctx.act)
+
+    return library.grads_of(formula, inputs, dy)
 
 
 def _once(
@@ -92,12 +94,7 @@ def inject(
     x (N, C, *spatial); add, scale, shift (C,) or (N, C). Twice differentiable in every tensor. Raises ValueError where
     shapes do not fit. Ho 2020; Nichol & Dhariwal 2021, section 4.
     """
-    accepted = [(x.shape[1],), (x.shape[0], x.shape[1])]
-    for name, v in (("add", add), ("scale", scale), ("shift", shift)):
-        if v is not None and tuple(v.shape) not in accepted:
-            raise ValueError(
-                f"inject: {name} is {tuple(v.shape)}; accepted: {accepted[0]} or {accepted[1]} for x {tuple(x.shape)}"
-            )
+    check_numbers("inject", x, x.shape[1], per_image=True, add=add, scale=scale, shift=shift)
     y: Tensor = library.call("inject", x, add=add, scale=scale, shift=shift, act=act)
     return y
 
@@ -115,3 +112,6 @@ library.describe(
     _fake_backward,
 )
 dispatch.register("inject", "reference", inject_ref)
+library.kernel("inject", "cpp")
+library.kernel("inject", "triton", by_name=jit.UNPROVEN)
+library.kernel("inject", "cuda", by_name=cuda.COMPILED_ONLY)

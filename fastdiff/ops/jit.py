@@ -5,6 +5,7 @@ TRITON_INTERPRET=1, set before the process starts, runs them on CPU tensors in T
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -36,7 +37,13 @@ def refuses(*tensors: Tensor | None) -> str | None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
-    """kernel[grid], in the form that torch.compile sees through while it traces."""
+    """kernel[grid], in the form that torch.compile sees through while it traces. A tensor is the first argument."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return torch.library.wrap_triton(kernel)[grid]
-    return kernel[grid]
+    return kernel[grid] if INTERPRETED else functools.partial(_on_its_device, kernel[grid])
+
+
+def _on_its_device(run: Any, first: Tensor, *args: Any, **options: Any) -> None:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
+        run(first, *args, **options)

@@ -34,6 +34,8 @@ class Described(NamedTuple):
 
 
 _described: dict[str, Described] = {}
+_TENSORS = (Tensor, nn.Parameter)
+
 _waiting: dict[str, list[str]] = {backend: [] for backend in MISSING}  # ops whose kernels are not imported yet
 _reasons: dict[str, str | None] = {}
 
@@ -65,7 +67,7 @@ def kernel(op: str, backend: str, *, by_name: str | None = None) -> None:
     home = _stem(op, backend)
     _waiting[backend].append(op)
 
-    # missing() has imported the module before either of these is called
+    # until missing() has imported the module, and has put its own functions in the place of these
     def run(*args: Any, **given: Any) -> Any:
         return sys.modules[home].run(*args, **given)
 
@@ -92,9 +94,14 @@ def _load(backend: str) -> str | None:
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _nothing() -> None:
+    """What a loaded backend misses."""
+
+
 def _attach(op: str, backend: str) -> None:
     """Register the kernels of `op`, and of `<op>_backward` where described, with torch.library."""
     module = importlib.import_module(_stem(op, backend))
+    dispatch.replace(op, backend, run=module.run, missing=_nothing, refuses=module.refuses)
     _define(op, backend, module.run)
     if f"{op}_backward" in _described:
         _define(f"{op}_backward", backend, module.run_backward)
@@ -119,13 +126,17 @@ def _define(op: str, backend: str, run: Callable[..., Any]) -> None:
 
 def _by_position(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` with its keyword-only arguments given by position, in the order of its signature."""
-    kinds = inspect.signature(run).parameters.values()
-    first = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in kinds)
-    names = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
+    signature = inspect.signature(run, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.name != "out"]  # `out` is not of the schema
+    first = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
     def call(*args: Any) -> Any:
-        return run(*args[:first], **dict(zip(names, args[first:], strict=False)))  # `out` is not of the schema
+        return run(*args[:first], **dict(zip(names, args[first:], strict=True)))
 
+    # triton_op makes the schema from the annotations, whatever schema it is given
+    plain = [p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty) for p in parameters]
+    call.__signature__ = signature.replace(parameters=plain)  # type: ignore[attr-defined]
     return call
 
 
@@ -149,20 +160,23 @@ def _plain(*args: Any) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     grad = torch.is_grad_enabled()
-    return not any(
-        isinstance(a, Tensor) and (type(a) not in (Tensor, nn.Parameter) or (grad and a.requires_grad)) for a in args
-    )
+    for a in args:  # noqa: SIM110  a loop is twice as fast as all()
+        if isinstance(a, Tensor) and (type(a) not in _TENSORS or (grad and a.requires_grad)):
+            return False
+    return True
 
 
-def grads_of(formula: Callable[[], Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
-    """Gradients of formula() for those inputs that require them, by torch's autograd; None for the others.
+def grads_of(formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of formula(*inputs) for those inputs that require them, by torch's autograd; None for the others.
 
-    They can be differentiated again where grad mode is on. formula is made of `inputs`, the saved ones themselves.
+    They can be differentiated again where grad mode is on.
     """
     again = torch.is_grad_enabled()
-    wanted = [v for v in inputs if v is not None and v.requires_grad]
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(formula(), wanted, grad, create_graph=again, allow_unused=True))
+        # views: where one input was made from another, only the other's direct share is its gradient here
+        apart = [None if v is None else v.view_as(v) for v in inputs]
+        wanted = [v for v in apart if v is not None and v.requires_grad]
+        found = iter(torch.autograd.grad(formula(*apart), wanted, grad, create_graph=again, allow_unused=True))
     return [next(found) if v is not None and v.requires_grad else None for v in inputs]
 
 

@@ -63,22 +63,43 @@ class Strided(NamedTuple):
 NOTHING = Strided(0, 0, 0, 0, 0)
 
 
-def strided(x: Tensor) -> Strided | None:
-    """How kernels address x; None where its spatial axes are no single run of equal steps (a crop, a transpose)."""
+def steps(x: Tensor) -> tuple[int, int, int] | None:
+    """How far apart images, channels and pixels lie; None where the pixels are no single run of equal steps."""
+    # strides of what is empty say nothing, and contiguous() leaves them
+    if x.numel() == 0:
+        return 0, 0, 1
     shape, stride = x.shape, x.stride()
     pixel, run = 1, 1
     for axis in range(x.ndim - 1, 1, -1):
         if run == 1:
             pixel = stride[axis]
-        elif run and shape[axis] != 1 and stride[axis] != pixel * run:
+        elif shape[axis] != 1 and stride[axis] != pixel * run:
             return None
         run *= shape[axis]
-    return Strided(x.data_ptr(), DTYPES[x.dtype], stride[0], stride[1], pixel)
+    return stride[0], stride[1], pixel
+
+
+def strided(x: Tensor) -> Strided | None:
+    """How kernels address x; None where they cannot (a crop, a transpose), see `steps`."""
+    found = steps(x)
+    return None if found is None else Strided(x.data_ptr(), DTYPES[x.dtype], *found)
 
 
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x itself where it already is dense and of that dtype, else a copy."""
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+LARGE = 32 << 20
+"""More is mapped anew by each malloc (glibc's largest M_MMAP_THRESHOLD), and no cache keeps it for a reader."""
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """An empty tensor. A large one is asked for in huge pages: its first touch costs more than most kernels do."""
+    x = torch.empty(shape, dtype=dtype, memory_format=layout)
+    if x.nbytes > LARGE:
+        cpu.advise_huge(x.data_ptr(), x.nbytes)
+    return x
 
 
 def address(x: Tensor | None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastdiff.ops import dispatch, library, philox
+from fastdiff.ops import cuda, dispatch, jit, library, philox
 
 
 def _fake(seed: Tensor, index: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
@@ -40,3 +40,5 @@ def normal(
 library.describe("normal", "(Tensor seed, Tensor index, int step, int stream, SymInt[] shape) -> Tensor", _fake)
 dispatch.register("normal", "reference", philox.normal)
 library.kernel("normal", "cpp")
+library.kernel("normal", "triton", by_name=jit.UNPROVEN)
+library.kernel("normal", "cuda", by_name=cuda.COMPILED_ONLY)

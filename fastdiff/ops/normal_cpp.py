@@ -13,7 +13,7 @@ from fastdiff.ops import native
 
 def run(seed: Tensor, index: Tensor, step: int, stream: int, shape: Sequence[int]) -> Tensor:
     """`philox.normal` in fp32."""
-    z = torch.empty(len(index), *shape)
+    z = native.fresh((len(index), *shape), torch.float32)
     seed, index = (native.dense(a, torch.int64) for a in (seed, index))
     native.cpu.normal(
         *(z.data_ptr(), seed.data_ptr(), index.data_ptr(), step, stream),

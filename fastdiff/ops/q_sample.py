@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops import dispatch, library, philox
+from fastdiff.ops import cuda, dispatch, jit, library, philox
 
 
 def _result_dtype(x0: Tensor) -> torch.dtype:
@@ -139,7 +139,7 @@ def _check(
     if where is not None and (
         where.dtype != torch.bool
         or where.ndim != x0.ndim
-        or any(a not in (1, b) for a, b in zip(where.shape, x0.shape, strict=True))
+        or any(a != 1 and a != b for a, b in zip(where.shape, x0.shape, strict=True))  # noqa: PLR1714  traced sizes
     ):
         raise ValueError(
             f"q_sample: where must be a bool mask with {x0.ndim} axes that broadcasts to x0 {tuple(x0.shape)}, got "
@@ -165,3 +165,5 @@ library.describe(
 )
 dispatch.register("q_sample", "reference", q_sample_ref)
 library.kernel("q_sample", "cpp")
+library.kernel("q_sample", "triton", by_name=jit.UNPROVEN)
+library.kernel("q_sample", "cuda", by_name=cuda.COMPILED_ONLY)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import row
-from fastdiff.ops import dispatch, library, philox
+from fastdiff.ops import cuda, dispatch, jit, library, philox
 
 VARIANCES = (None, "range", "moment")
 
@@ -197,3 +197,5 @@ library.describe(
 )
 dispatch.register("step_", "reference", step_reference_)
 library.kernel("step_", "cpp")
+library.kernel("step_", "triton", by_name=jit.UNPROVEN)
+library.kernel("step_", "cuda", by_name=cuda.COMPILED_ONLY)

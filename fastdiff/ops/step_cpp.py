@@ -68,7 +68,7 @@ def refuses(
     for name, a in (("x", x), ("h", h)):
         if a.dtype != torch.float32:
             return f"the state is float32 in the cpp kernel, got {name} in {a.dtype}"
-    if x_in is not None and (x_in.dtype not in native.FLOATS or native.strided(x_in) is None):
+    if x_in is not None and (x_in.dtype not in native.FLOATS or native.steps(x_in) is None):
         return (
             f"x_in must be float32, bfloat16 or float16, contiguous or channels_last, got {x_in.dtype} with strides "
             f"{x_in.stride()}"

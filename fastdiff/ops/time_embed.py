@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff.ops import dispatch, library
+from fastdiff.ops import dispatch, jit, library
 
 
 def time_embed_ref(
@@ -52,7 +52,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (t,) = ctx.saved_tensors
     dim, max_period, flip, shift, scale, dtype = ctx.options
     given = {"max_period": max_period, "flip": flip, "shift": shift, "scale": scale, "dtype": dtype}
-    return (*library.grads_of(lambda: time_embed_ref(t, dim, **given), (t,), grad), *(None,) * 6)
+    return (*library.grads_of(lambda t: time_embed_ref(t, dim, **given), (t,), grad), *(None,) * 6)
 
 
 def time_embed(
@@ -88,3 +88,5 @@ library.describe(
     backward=_backward,
 )
 dispatch.register("time_embed", "reference", time_embed_ref)
+library.kernel("time_embed", "cpp")
+library.kernel("time_embed", "triton", by_name=jit.UNPROVEN)

@@ -88,14 +88,16 @@ def test_another_python_thread_runs_meanwhile():
 
 SAME_BITS = """
 import hashlib, torch
-from fastdiff.ops import native, q_sample, step_, dispatch
-from tests.ops.cases import CASES, inputs, run
+from fastdiff.ops import native, normal, q_sample, step_, dispatch, time_embed_cpp
+from tests.ops.cases import CASES, Case, inputs, run
 total = hashlib.sha256()
 def add(*tensors):
     for x in tensors:
         total.update(x.contiguous().view(torch.uint8).numpy().tobytes())
 with dispatch.backend("cpp"):
-    for case in CASES.values():
+    pixels = [Case((2, c, 23, 29), channels_last=True, dtype=d, variance=v, columns=("A", "B0", "S", "Q"))
+              for c in (1, 3, 4, 5, 16) for d in (torch.float32, torch.float16) for v in (None, "range")]
+    for case in (*CASES.values(), *pixels):
         got = run(step_, inputs(case))
         if got["x"].numel():
             add(got["x"], got["x_in"], got["h"].nan_to_num())
@@ -105,6 +107,10 @@ with dispatch.backend("cpp"):
         table = torch.rand(5, 2, generator=g)
         at = dict(seed=torch.tensor([-3]), index=torch.arange(5) << 31, step=(1 << 24) - 1, stream=255)
         add(*q_sample(x0, torch.arange(5), table, **at, eps=True, v=True))
+        add(q_sample(x0, torch.arange(5), table, **at, where=x0[:1, :1] > 0))
+    add(normal(at["seed"], at["index"], 3, 0, (3, 131, 7)))
+for scale in (1.0, 1e3, 1e9):
+    add(time_embed_cpp.run(torch.arange(0, 1000, 37), 321, scale=scale))
 print(native.isa(), total.hexdigest())
 """
 
@@ -151,6 +157,7 @@ def test_strides_that_kernels_can_follow():
     assert native.strided(dense[:, :, :1])[4] == 1
     assert native.strided(torch.zeros(2, 3))[2:] == (3, 1, 1)
     assert native.strided(torch.zeros(2, 3, 0, 4)) is not None
+    assert native.strided(torch.zeros(0, 3, 4, 5).transpose(2, 3)) is not None
 
 
 @needs_kernels

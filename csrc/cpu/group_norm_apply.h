@@ -1,0 +1,59 @@
+// y = act(A (x - M) + B), the pass that group_norm_silu and inject share.
+#pragma once
+
+#include "group_norm_panel.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA_NS {
+namespace {
+
+// floats per channel by which x is transformed
+enum { GAIN, CENTRE, OFFSET, APPLIED };
+
+// A, M and B of a group in double: M takes the mean off before anything is multiplied, B corrects M's own rounding. In
+// front of the SiLU A and B come in its unit.
+inline void prepare(const Walk& w, const Normed& in, const Place& place, double mean, double rstd, const Slot& slot) {
+    const double unit = in.act ? (double)MINUS_LOG2_E : 1;
+    const int64_t n = place.image, first = place.group * w.group;
+    float* numbers = slot.numbers + (w.last ? first : 0);
+    for (int64_t i = 0; i < w.group; ++i) {
+        const int64_t c = first + i;
+        const double scale = 1 + at(in.scale, n, c, 0), gain = at(in.weight, n, c, 1) * rstd;
+        const double exact = mean - at(in.add, n, c, 0);
+        const float centre = (float)exact;
+        const double offset = (at(in.bias, n, c, 0) + gain * ((double)centre - exact)) * scale + at(in.shift, n, c, 0);
+        numbers[GAIN * w.padded + i] = (float)(unit * gain * scale);
+        numbers[CENTRE * w.padded + i] = centre;
+        numbers[OFFSET * w.padded + i] = (float)(unit * offset);
+    }
+}
+
+struct Affine {
+    F32 gain, centre, offset;
+
+    Affine(const Numbers& numbers, int64_t column)
+        : gain(numbers.of(GAIN, column)), centre(numbers.of(CENTRE, column)), offset(numbers.of(OFFSET, column)) {}
+};
+
+template <typename T, bool ACT>
+inline void apply(const Walk& w, const Normed& in, const Place& place, const Slot& slot, T* y) {
+    const Numbers numbers(w, place, slot);
+    panels(w, place, [&](const Panel& panel) FASTDIFF_INLINE {
+        const T* x = (const T*)(panel.second ? in.x2 : in.x) + panel.x;
+        T* out = y + panel.joined;
+        blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
+            const Affine to(numbers, panel.column + block.column);
+#pragma GCC unroll 4
+            for (int r = 0; r < block.rows; ++r) {
+                const int64_t row = block.row + r;
+                const F32 v = block.read(x + row * panel.x_stride + block.column);
+                const F32 n = multiply_add(to.gain, v - to.centre, to.offset);
+                block.write(out + row * panel.joined_stride + block.column, ACT ? silu(n) : n);
+            }
+        });
+    });
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA_NS
+}  // namespace fastdiff

@@ -1,0 +1,200 @@
+// Vectors of fp32 read from and written to any float dtype, and the sigmoid, for the kernels of group_norm_silu.
+// Unlike functions.h this fuses multiplications with additions where the ISA can: ISAs differ by rounding.
+#pragma once
+
+#include "convert.h"
+#include "simd.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA_NS {
+namespace {
+
+typedef uint16_t U16 __attribute__((vector_size(FASTDIFF_BYTES / 2)));
+
+// a difference, for v + 0 would lose the sign of a zero
+inline F32 splat(float v) { return v - F32{}; }
+
+inline F64 load(const double* p) {
+    F64 v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline void store(double* p, F64 v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// a b + c; the halves of a vector in double, and the sum of its doubles; 16-bit words to 32 bits and back
+#if defined(__AVX512F__)
+
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return (F32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+inline F64 first_half(F32 v) { return (F64)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
+inline F64 second_half(F32 v) { return (F64)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
+inline double added(F64 v) { return _mm512_reduce_add_pd((__m512d)v); }
+inline U32 widened(U16 words) { return (U32)_mm512_cvtepu16_epi32((__m256i)words); }
+inline U16 cut(U32 words) { return (U16)_mm512_cvtepi32_epi16((__m512i)words); }
+inline F32 widen(U16 words, Float16) { return (F32)_mm512_cvtph_ps((__m256i)words); }
+inline U16 narrowed(F32 v, Float16) { return (U16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+
+#elif defined(__AVX2__)
+
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return (F32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+inline F64 first_half(F32 v) { return (F64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+inline F64 second_half(F32 v) { return (F64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
+inline double added(F64 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline U32 widened(U16 words) { return (U32)_mm256_cvtepu16_epi32((__m128i)words); }
+inline U16 cut(U32 words) { return __builtin_convertvector(words, U16); }
+inline F32 widen(U16 words, Float16) { return (F32)_mm256_cvtph_ps((__m128i)words); }
+inline U16 narrowed(F32 v, Float16) { return (U16)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+
+#else
+
+#if defined(__ARM_FEATURE_FMA)
+inline F32 multiply_add(F32 a, F32 b, F32 c) {
+    for (int l = 0; l < LANES; ++l) c[l] = __builtin_fmaf(a[l], b[l], c[l]);
+    return c;
+}
+#else
+inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
+#endif
+
+inline F64 first_half(F32 v) {
+    F64 w;
+    for (int l = 0; l < LANES / 2; ++l) w[l] = v[l];
+    return w;
+}
+
+inline F64 second_half(F32 v) {
+    F64 w;
+    for (int l = 0; l < LANES / 2; ++l) w[l] = v[l + LANES / 2];
+    return w;
+}
+
+inline double added(F64 v) { return v[0] + v[1]; }
+inline U32 widened(U16 words) { return __builtin_convertvector(words, U32); }
+inline U16 cut(U32 words) { return __builtin_convertvector(words, U16); }
+
+inline F32 widen(U16 words, Float16) {
+    F32 v;
+    for (int l = 0; l < LANES; ++l) v[l] = widen(Float16{words[l]});
+    return v;
+}
+
+inline U16 narrowed(F32 v, Float16) {
+    U16 words;
+    for (int l = 0; l < LANES; ++l) {
+        Float16 w;
+        narrow(v[l], &w);
+        words[l] = w.word;
+    }
+    return words;
+}
+
+#endif
+
+inline F32 widen(U16 words, Bfloat16) { return (F32)(widened(words) << 16); }
+
+inline U16 narrowed(F32 v, Bfloat16) {
+#if defined(__AVX512F__)
+    const __m512i b = (__m512i)v, odd = _mm512_set1_epi32(0x10000), up = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
+    const __m512i even = _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(b, odd), up, _mm512_set1_epi32(1));
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    return cut((U32)_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, even, 16));
+#else
+    const U32 b = (U32)v, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return cut(v == v ? rounded : U32{} + 0x7fc0);
+#endif
+}
+
+template <typename T>
+inline F32 load(const T* p) {
+    U16 words;
+    __builtin_memcpy(&words, p, sizeof words);
+    return widen(words, T{});
+}
+
+template <typename T>
+inline void store(T* p, F32 v) {
+    const U16 words = narrowed(v, T{});
+    __builtin_memcpy(p, &words, sizeof words);
+}
+
+// the first `count` lanes, the others zero; nothing behind them is touched
+#if defined(__AVX512F__)
+
+inline F32 first_of(F32 v, int count) { return (F32)_mm512_maskz_mov_ps((__mmask16)((1u << count) - 1), (__m512)v); }
+
+inline F32 load(const float* p, int count) { return (F32)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p); }
+
+inline void store(float* p, F32 v, int count) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v); }
+
+template <typename T>
+inline F32 load(const T* p, int count) {
+    return widen((U16)_mm256_maskz_loadu_epi16((__mmask16)((1u << count) - 1), p), T{});
+}
+
+template <typename T>
+inline void store(T* p, F32 v, int count) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)narrowed(v, T{}));
+}
+
+#else
+
+inline F32 first_of(F32 v, int count) {
+    I32 lane;
+    for (int l = 0; l < LANES; ++l) lane[l] = l;
+    return lane < count ? v : F32{};
+}
+
+template <typename T>
+inline F32 load(const T* p, int count) {
+    T room[LANES] = {};
+    for (int l = 0; l < count; ++l) room[l] = p[l];
+    return load(room);
+}
+
+template <typename T>
+inline void store(T* p, F32 v, int count) {
+    T room[LANES];
+    store(room, v);
+    for (int l = 0; l < count; ++l) p[l] = room[l];
+}
+
+#endif
+
+// -log2 e: what the next functions take is t = MINUS_LOG2_E y, so that e^-y = 2^t
+constexpr float MINUS_LOG2_E = -0x1.715476p+0f;
+
+// MINUS_LOG2_E (1 + 2^t); infinite where 2^t overflows; NaN stays NaN. 2^f on [-1/2, 1/2] is minimax, 9e-8.
+// t itself overflows for |y| > 2.3e38: such a positive y gives inf.
+inline F32 one_and_power(F32 t) {
+#if defined(__AVX512DQ__)
+    const F32 f = (F32)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT), n = t - f;
+#else
+    // a comparison with NaN is false, so NaN passes
+    F32 bounded = t > 128.0f ? splat(128.0f) : t;
+    bounded = bounded < -127.0f ? splat(-127.0f) : bounded;
+    const F32 shifted = bounded + 0x1.8p+23f, f = bounded - (shifted - 0x1.8p+23f);
+#endif
+    // the polynomial's coefficients times MINUS_LOG2_E: a division by the sum then takes the factor off t as well
+    F32 p = multiply_add(splat(-0x1.f5a9fp-10f), f, splat(-0x1.c9369ep-7f));
+    p = multiply_add(p, f, splat(-0x1.480222p-4f));
+    p = multiply_add(p, f, splat(-0x1.62e2a4p-2f));
+    p = multiply_add(p, f, splat(-0x1.fffff6p-1f));
+    p = multiply_add(p, f, splat(MINUS_LOG2_E));
+#if defined(__AVX512DQ__)
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n) + MINUS_LOG2_E;
+#else
+    return p * (F32)(((U32)shifted + 127) << 23) + MINUS_LOG2_E;
+#endif
+}
+
+inline F32 silu(F32 t) { return t / one_and_power(t); }
+
+// the derivative of silu, s (1 + y (1 - s)) with s = 1 / (1 + e^-y)
+inline F32 silu_slope(F32 t) {
+    const F32 s = MINUS_LOG2_E / one_and_power(t), ln2 = splat(0x1.62e43p-1f);
+    return s * multiply_add(t, multiply_add(s, ln2, -ln2), splat(1.0f));
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA_NS
+}  // namespace fastdiff
