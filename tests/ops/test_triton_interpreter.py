@@ -1,0 +1,37 @@
+"""Triton's kernels on CPU tensors: TRITON_INTERPRET=1 must be set before triton is imported, so in another process."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastdiff.ops import jit
+from tests.process import HOME, environment
+
+HERE = Path(__file__).parent
+# what no kernel does on a GPU, or takes minutes here and is in interpreted_step.py at another size
+LEFT_OUT = "times_outside_the_table or noise_does_not_depend_on_the_batch"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(jit.INTERPRETED, reason="this is that process")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_every_kernel_in_the_interpreter():
+    """The interpreter's own tests and those of the ops on the backend triton; the norm has a process of its own."""
+    own = [str(HERE / f"interpreted_{name}.py") for name in ("noise", "q_sample", "step", "time_embed")]
+    ops = [str(HERE / f"test_{op}.py") for op in ("philox", "q_sample", "step", "time_embed")]
+    path = os.pathsep.join((str(HOME), str(HERE.parents[1])))
+    given = environment(TRITON_INTERPRET="1", OMP_NUM_THREADS="1") | {"PYTHONPATH": path}
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider"]
+    chosen = f"interpreted_ or (triton and not ({LEFT_OUT}))"
+    done = subprocess.run(
+        [*command, *own, *ops, "-k", chosen], env=given, capture_output=True, text=True, timeout=880, check=False
+    )
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout[-2000:] + done.stderr[-2000:]
+    assert int(passed[1]) >= 300
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
