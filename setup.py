@@ -1,7 +1,8 @@
 """Builds the compiled kernels: ninja over plain C++, no torch, no CMake. The rest of the package is in pyproject.toml.
 
 Environment: CXX, CXXFLAGS, LDFLAGS as usual. FASTDIFF_REQUIRE_CPP=1 makes a failed build of the CPU kernels an error;
-without it the package installs with its PyTorch reference. FASTDIFF_CUDA=1 builds CUDA kernels where no GPU is seen.
+without it the package installs with its PyTorch reference. FASTDIFF_CUDA=1 builds CUDA kernels where no GPU is seen;
+FASTDIFF_CUDA_ARCHS="80;90" says for which devices, the last one also as PTX for those that come after it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ FLAGS = [
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 ]
 WITHOUT = "Without it fastdiff runs on its PyTorch reference and Triton; FASTDIFF_REQUIRE_CPP=1 makes this an error."
+# clusters and cudaLaunchKernelEx need CUDA 12; sums and products are rounded one by one, as the reference's are
+NVCC_FLAGS = [
+    *("-O3", "-std=c++17", "--fmad=false", "-cudart=static", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-DNDEBUG"),
+]
 ISAS = {"v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "v3": ["-march=x86-64-v3"], "base": ["-march=x86-64"]}
 
 
@@ -66,6 +71,17 @@ def cpu_objects() -> list[Object]:
     ]
 
 
+def cuda_objects() -> list[Object]:
+    binding, *_ = cpu_objects()
+    archs = os.environ.get("FASTDIFF_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return [
+        Object(CSRC / "bind_cuda.cpp", "bind_cuda", binding.flags),
+        *(Object(source, source.stem, codes) for source in sorted((CSRC / "cuda").glob("*.cu"))),
+    ]
+
+
 def write_ninja(path: Path, target: Path, objects: list[Object]) -> None:
     from ninja import ninja_syntax
 
@@ -77,25 +93,35 @@ def write_ninja(path: Path, target: Path, objects: list[Object]) -> None:
         ninja = ninja_syntax.Writer(file, width=100000)
         ninja.rule("compile", f"{cxx} -MMD -MF $out.d {own} {shlex.join(FLAGS)} $flags -c $in -o $out", "compile $out",
                    depfile="$out.d", deps="gcc")  # fmt: skip
-        ninja.rule("link", f"{cxx} -shared $in -o $out -fopenmp {os.environ.get('LDFLAGS', '')}", "link $out")
+        nvcc = f"nvcc -ccbin {shlex.quote(compiler()[0])} {shlex.join(NVCC_FLAGS)}"
+        ninja.rule("nvcc", f"{nvcc} -MMD -MF $out.d $flags -c $in -o $out", "nvcc $out", depfile="$out.d", deps="gcc")
+        cuda = any(item.source.suffix == ".cu" for item in objects)
+        link = f"{nvcc} -shared $in -o $out" if cuda else f"{cxx} -shared $in -o $out -fopenmp"
+        ninja.rule("link", f"{link} {os.environ.get('LDFLAGS', '')}", "link $out")
         outputs = []
         for item in objects:
-            outputs += ninja.build(f"{item.stem}.o", "compile", escaped(item.source),
+            rule = "nvcc" if item.source.suffix == ".cu" else "compile"
+            outputs += ninja.build(f"{item.stem}.o", rule, escaped(item.source),
                                    variables={"flags": shlex.join(item.flags)})  # fmt: skip
         ninja.build(escaped(target), "link", outputs)
 
 
 def cuda_sources() -> list[str]:
     """The CUDA kernels, where nvcc is here and a GPU is seen or FASTDIFF_CUDA=1 asks for them."""
-    wanted = os.environ.get("FASTDIFF_CUDA") == "1" or Path("/dev/nvidia0").exists()
-    return sorted(map(str, (CSRC / "cuda").glob("*.cu"))) if wanted and shutil.which("nvcc") else []
+    asked = os.environ.get("FASTDIFF_CUDA") == "1"
+    found = shutil.which("nvcc")
+    if asked and not found:
+        print("FASTDIFF_CUDA=1, but no nvcc on PATH: fastdiff._cuda is not built", file=sys.stderr)
+    wanted = asked or Path("/dev/nvidia0").exists()
+    return sorted(map(str, (CSRC / "cuda").glob("*.cu"))) if wanted and found else []
 
 
-OBJECTS = {"fastdiff._cpu": cpu_objects}
+OBJECTS = {"fastdiff._cpu": cpu_objects, "fastdiff._cuda": cuda_objects}
 
 
 def extensions() -> list[Extension]:
-    headers, required = sorted(map(str, CSRC.rglob("*.h"))), os.environ.get("FASTDIFF_REQUIRE_CPP") == "1"
+    headers = [str(path) for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh", ".cu")]
+    required = os.environ.get("FASTDIFF_REQUIRE_CPP") == "1"
     cpu = ["csrc/bind_cpu.cpp", *sorted(map(str, (CSRC / "cpu").glob("*.cpp")))]
     found = [Extension("fastdiff._cpu", cpu, depends=headers, optional=not required)]
     if cuda := cuda_sources():
@@ -107,7 +133,8 @@ class NinjaBuild(build_ext):
     """Raises CompileError only, which setuptools turns into a warning for an optional extension."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve() / ext.name
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # a failed build must not pass off the library of an earlier one
         target.unlink(missing_ok=True)
         if shutil.which(compiler()[0]) is None:
