@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from fastdiff._version import __version__
 
 if TYPE_CHECKING:
-    from fastdiff import ops as ops, row as row
+    from fastdiff import nn as nn, ops as ops, row as row
     from fastdiff._doctor import doctor as doctor
     from fastdiff.files.data import load_data as load_data
     from fastdiff.files.images import save_grid as save_grid
     from fastdiff.formats.load import load as load, save as save
+    from fastdiff.nn.patch import Patched as Patched, patch as patch
     from fastdiff.nn.unet import UNet as UNet
     from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable, backend as backend, why as why
     from fastdiff.sampling.denoiser import Denoiser as Denoiser
@@ -53,11 +54,12 @@ if TYPE_CHECKING:
     from fastdiff.training.losses import loss as loss
 
 _HOMES = {
-    "fastdiff": ("ops", "row"),
+    "fastdiff": ("nn", "ops", "row"),
     "fastdiff._doctor": ("doctor",),
     "fastdiff.files.data": ("load_data",),
     "fastdiff.files.images": ("save_grid",),
     "fastdiff.formats.load": ("load", "save"),
+    "fastdiff.nn.patch": ("Patched", "patch"),
     "fastdiff.nn.unet": ("UNet",),
     "fastdiff.ops.dispatch": ("BackendUnavailable", "backend", "why"),
     "fastdiff.sampling.denoiser": ("Denoiser",),

@@ -1,4 +1,4 @@
-"""The modules that a U-Net is made of: normalisation, residual block, attention, resampling, embeddings.
+"""The modules that a U-Net is made of: residual block, attention, resampling, embeddings.
 
 Every GroupNorm, the SiLU behind it, the time embedding around it and the skip concatenation in front of it are one op,
 `fastdiff.ops.group_norm_silu`. `dims` is the number of spatial axes: 1, 2 or 3.
@@ -6,11 +6,13 @@ Every GroupNorm, the SiLU behind it, the time embedding around it and the skip c
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.ops.time_embed import time_embed
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -29,47 +31,11 @@ def zero(module: nn.Module) -> nn.Module:
     return module
 
 
-class GroupNorm(nn.Module):
-    """silu(GroupNorm(cat([x, x2], 1) + add) (1 + scale) + shift) as one op; `act=False` leaves the SiLU out.
+class TableRow(NamedTuple):
+    """What ResBlocks get in place of the embedding where their projections of it were made before, in a table."""
 
-    Arguments as `torch.nn.GroupNorm`; the tensors are described in `fastdiff/ops/group_norm_silu.py`.
-    Raises ValueError when `groups` does not divide `channels`.
-    """
-
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5, *, act: bool = False) -> None:
-        super().__init__()
-        if groups < 1 or channels % groups:
-            raise ValueError(f"GroupNorm: groups={groups} does not divide {channels} channels; pass a divisor")
-        self.groups, self.channels, self.eps, self.act = groups, channels, eps, act
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        x2: Tensor | None = None,
-        add: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-    ) -> Tensor:
-        """(N, channels, *spatial) in x's dtype."""
-        return group_norm_silu(
-            x,
-            self.groups,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            x2=x2,
-            add=add,
-            scale=scale,
-            shift=shift,
-            act=self.act,
-        )
-
-    def extra_repr(self) -> str:
-        """What `print(net)` shows."""
-        return f"{self.groups}, {self.channels}, eps={self.eps}, act={self.act}"
+    row: Tensor
+    """(columns,) for all images, or (N, columns); each ResBlock knows its own columns."""
 
 
 class Pool(nn.Module):
@@ -79,7 +45,7 @@ class Pool(nn.Module):
         super().__init__()
         self.dims = dims
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow | None = None) -> Tensor:
         """(N, C, *spatial) to (N, C, *spatial / 2)."""
         y: Tensor = POOL[self.dims](x, 2)
         return y
@@ -88,7 +54,7 @@ class Pool(nn.Module):
 class Nearest(nn.Module):
     """Doubles every spatial axis by repeating each value."""
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow | None = None) -> Tensor:
         """(N, C, *spatial) to (N, C, *2 spatial)."""
         return functional.interpolate(x, scale_factor=2.0, mode="nearest")
 
@@ -104,7 +70,7 @@ class Down(nn.Module):
         self.pad = (0, 1) * dims if asymmetric else None
         self.conv = conv(dims, channels, channels, 3, stride=2, padding=0 if asymmetric else 1)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow | None = None) -> Tensor:
         """(N, C, *spatial) to (N, C, *spatial / 2)."""
         y: Tensor = self.conv(x if self.pad is None else functional.pad(x, self.pad))
         return y
@@ -118,7 +84,7 @@ class Up(nn.Module):
         self.nearest = Nearest()
         self.conv = conv(dims, channels, channels, 3)
 
-    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow | None = None) -> Tensor:
         """(N, C, *spatial) to (N, C, *2 spatial)."""
         y: Tensor = self.conv(self.nearest(x))
         return y
@@ -129,7 +95,8 @@ class ResBlock(nn.Module):
 
     n1, n2 are GroupNorm + SiLU; the projected embedding e = time(emb) enters n2: added before the norm, or, with
     `scale_shift`, as (scale, shift) behind it. `resample`: "up" or "down" resamples both branches (Dhariwal & Nichol
-    2021, after BigGAN), None neither. emb comes with its SiLU already applied. inputs counts z's channels.
+    2021, after BigGAN), None neither. emb comes with its SiLU already applied, or as a line of a table of all blocks'
+    e, in which this one has `columns`. inputs counts z's channels.
     """
 
     def __init__(
@@ -148,16 +115,17 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift, self.divisor = scale_shift, divisor
-        self.norm1 = GroupNorm(groups, inputs, eps, act=True)
+        self.columns: tuple[int, int] | None = None
+        self.norm1 = GroupNorm(groups, inputs, eps, act="silu")
         self.resample = {"up": Nearest(), "down": Pool(dims), None: None}[resample]
         self.conv1 = conv(dims, inputs, outputs, 3)
         self.time = nn.Linear(time_channels, 2 * outputs if scale_shift else outputs)
-        self.norm2 = GroupNorm(groups, outputs, eps, act=True)
+        self.norm2 = GroupNorm(groups, outputs, eps, act="silu")
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero(conv(dims, outputs, outputs, 3))
         self.shortcut = None if inputs == outputs else conv(dims, inputs, outputs, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
         """(N, outputs, *spatial), resampled; x and skip have `inputs` channels together, emb is (N, time_channels)."""
         h = self.norm1(x, x2=skip)
         if skip is not None:
@@ -165,9 +133,9 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
-        e = self.time(emb)
+        e = self.time(emb) if isinstance(emb, Tensor) else self.cut(emb)
         if self.scale_shift:
-            scale, shift = e.chunk(2, 1)
+            scale, shift = e.chunk(2, -1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=e)
@@ -176,6 +144,14 @@ class ResBlock(nn.Module):
             x = self.shortcut(x)
         y: Tensor = x + h
         return y if self.divisor == 1 else y / self.divisor
+
+    def cut(self, line: TableRow) -> Tensor:
+        """e out of a line of the table."""
+        if self.columns is None:
+            raise ValueError(
+                "ResBlock: emb is a TableRow; only the blocks of a UNet have columns in one, pass a tensor"
+            )
+        return line.row[..., slice(*self.columns)]
 
 
 class Attention(nn.Module):
@@ -223,7 +199,7 @@ class Stage(nn.Module):
         super().__init__()
         self.res, self.attention, self.resample = res, attention, resample
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
         """(N, outputs, *spatial), resampled."""
         x = self.res(x, emb, skip)
         if self.attention is not None:
@@ -255,7 +231,14 @@ class Sinusoid(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """(N, outputs) in the parameters' dtype; t (N,) integer or real."""
-        t = t if t.dtype == torch.float64 else t.float()
-        e = time_embed(t * self.time_scale, self.features, max_period=self.max_period, flip=self.flip, shift=self.shift)
-        y: Tensor = self.linear2(functional.silu(self.linear1(e.to(self.linear1.weight.dtype))))
+        e = time_embed(
+            t,
+            self.features,
+            max_period=self.max_period,
+            flip=self.flip,
+            shift=self.shift,
+            scale=self.time_scale,
+            dtype=self.linear1.weight.dtype,
+        )
+        y: Tensor = self.linear2(functional.silu(self.linear1(e)))
         return y

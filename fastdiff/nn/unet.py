@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastdiff.nn.layers import Attention, Down, GroupNorm, Nearest, Pool, ResBlock, Sinusoid, Stage, Up, conv, zero
+from fastdiff.nn.group_norm import GroupNorm
+from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Sinusoid, Stage, TableRow, Up, conv, zero
 
 CONDITIONS = ("label", "number", "vector")
 
@@ -132,16 +133,23 @@ class UNet(nn.Module):
             at = attend(wide, groups=middle_groups, divisor=middle_divisor) if middle_attention else None
             self.middle = nn.ModuleList([Stage(block_middle(wide, wide), at), Stage(block_middle(wide, wide))])
         self.up = _up(widths, blocks, attends, block, resample, skips)
-        self.norm = GroupNorm(groups, widths[0], eps, act=True)
+        self.columns = 0
+        for res in self.res_blocks():
+            res.columns = (self.columns, self.columns + res.time.out_features)
+            self.columns = res.columns[1]
+        self.norm = GroupNorm(groups, widths[0], eps, act="silu")
         self.out = zero(conv(dims, widths[0], self.out_channels, 3))
 
-    def forward(self, x: Tensor, t: Tensor | float, cond: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor | float | None, cond: Tensor | None = None, *, table_row: Tensor | None = None
+    ) -> Tensor:
         """F (N, out, *spatial) in the parameters' dtype.
 
         x (N, in_channels, *spatial), sizes divisible by `net.factor`; t (N,), or one number for all; cond (N,), or one
-        for all; None is the null class where there are classes. Raises ValueError for other shapes.
+        for all; None is the null class where there are classes. table_row: lines of `time_table`, one for all images or
+        one an image, in place of t and cond, which are then not looked at. Raises ValueError for other shapes.
         """
-        emb = self.embed(t, cond, x)
+        emb = self.embed(t, cond, x) if table_row is None else self._line(table_row, x)
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"UNet: x has shape {tuple(x.shape)}; this net takes (N, {self.in_channels}, "
@@ -152,7 +160,7 @@ class UNet(nn.Module):
                 f"UNet: x has spatial size {tuple(x.shape[2:])}; this net halves it {len(self.config['mults']) - 1} "
                 f"times, so every size must be a multiple of {self.factor}; pad or crop x"
             )
-        x = x.to(emb.dtype)
+        x = x.to(self.time.linear1.weight.dtype)
         h = self.stem(2 * x - 1 if self.center_input else x)
         skips = [h]
         for down in self.down:
@@ -165,8 +173,32 @@ class UNet(nn.Module):
         F: Tensor = self.out(self.norm(h))
         return F
 
-    def embed(self, t: Tensor | float, cond: Tensor | None, x: Tensor) -> Tensor:
-        """What every ResBlock is told: silu(mlp(sinusoid(t)) + class(cond)), (N, time_channels)."""
+    def res_blocks(self) -> list[ResBlock]:
+        """Every ResBlock, in the order in which forward runs them."""
+        return [m for part in (self.down, self.middle, self.up) for m in part.modules() if isinstance(m, ResBlock)]
+
+    def time_table(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """(K, columns): what all ResBlocks make of K times t and conditions, as one matrix product before the loop.
+
+        t (K,); cond (K,), or one for all, as in forward. `net(x, None, table_row=table.index_select(0, k))` is then
+        `net(x, t[k], cond[k])` to rounding, where k is a tensor of one number or of one an image.
+        """
+        times = [block.time for block in self.res_blocks()]
+        weight, bias = torch.cat([m.weight for m in times]), torch.cat([m.bias for m in times])
+        return functional.linear(self.embed(t, cond, t), weight, bias)
+
+    def _line(self, row: Tensor, x: Tensor) -> TableRow:
+        if row.shape not in ((1, self.columns), (x.shape[0], self.columns)):
+            raise ValueError(
+                f"UNet: table_row has shape {tuple(row.shape)}; accepted: lines of net.time_table, "
+                f"(1, {self.columns}) or ({x.shape[0]}, {self.columns})"
+            )
+        return TableRow(row[0] if row.shape[0] == 1 else row)
+
+    def embed(self, t: Tensor | float | None, cond: Tensor | None, x: Tensor) -> Tensor:
+        """What every ResBlock is told: silu(mlp(sinusoid(t)) + class(cond)), (N, time_channels), N and device x's."""
+        if t is None:
+            raise ValueError("UNet: t is None; pass a time, or table_row=")
         n = x.shape[0]
         emb: Tensor = self.time(_batched("t", torch.as_tensor(t, device=x.device), n))
         if self.condition == "vector":
