@@ -1,0 +1,15 @@
+"""All descriptions by name, and their covering arrays."""
+
+import functools
+
+from tests.ops import describe_elementwise, describe_norm
+from tests.ops.pairwise import Cell, cells
+
+DESCRIPTIONS = {**describe_elementwise.DESCRIPTIONS, **describe_norm.DESCRIPTIONS}
+
+
+@functools.cache
+def cells_of(name: str) -> tuple[Cell, ...]:
+    """The covering array of a description."""
+    what = DESCRIPTIONS[name]
+    return tuple(cells(what.factors, what.seed, what.least))
