@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from benchmarks.timing import Variants
+from benchmarks.timing import Call, Variants
+from fastdiff.ops import dispatch
 
 
 class Case(NamedTuple):
@@ -22,3 +24,41 @@ class Case(NamedTuple):
     unit: str = "us"
     skipped: dict[str, str] | None = None
     """Rivals that are not there, and why."""
+    also: tuple[str, ...] = ()
+    """Variants that are other kernels of ours, no rivals."""
+
+
+def each(f: Callable[..., object], sets: Sequence[tuple[Any, ...]], **given: Any) -> list[Call]:
+    """f on each of several sets of arguments: a variant that goes round its buffers."""
+    return [partial(f, *arguments, **given) for arguments in sets]
+
+
+def together(cases: dict[str, Iterator[Case]]) -> Iterator[Case]:
+    """The same cases for several backends, the first with our kernels of the others added. All are checked.
+
+    A backend that refuses one has no more of this op.
+    """
+    while True:
+        found: list[Case] = []
+        for backend, iterator in list(cases.items()):
+            try:
+                found.append(next(iterator))
+            except StopIteration:
+                return
+            except dispatch.BackendUnavailable as error:
+                print(f"{backend} is left out from here: {error}", flush=True)
+                del cases[backend]
+        if not found:
+            return
+        yield _one(found)
+
+
+def _one(cases: list[Case]) -> Case:
+    first, *others = cases
+    assert all(case.title == first.title for case in others), [case.title for case in cases]
+    kernels = {case.ours: case.variants[case.ours] for case in others}
+
+    def check() -> float | None:
+        return max((worst for case in cases if (worst := case.check()) is not None), default=None)
+
+    return first._replace(variants=first.variants | kernels, check=check, also=tuple(kernels))
