@@ -57,13 +57,13 @@ inline F32 multiply_add(F32 a, F32 b, F32 c) { return a * b + c; }
 #endif
 
 inline F64 first_half(F32 v) {
-    F64 w;
+    F64 w{};
     for (int l = 0; l < LANES / 2; ++l) w[l] = v[l];
     return w;
 }
 
 inline F64 second_half(F32 v) {
-    F64 w;
+    F64 w{};
     for (int l = 0; l < LANES / 2; ++l) w[l] = v[l + LANES / 2];
     return w;
 }
