@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops.group_norm_silu import layout
+from fastdiff.ops.native import FLOATS
 
 ONE_PASS = {("forward", 2): 32768, ("forward", 4): 32768, ("backward", 2): 16384, ("backward", 4): 8192}
 """Most elements that a block holds, padding included (backward: of x, and as many of dy), by bytes an element."""
@@ -142,9 +143,6 @@ def choose(
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; an H100's on a machine without one, where kernels are interpreted or only compiled."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Given(NamedTuple):

@@ -31,6 +31,7 @@ class Described(NamedTuple):
     mutates: tuple[str, ...]
     setup: Callable[..., None] | None
     backward: Callable[..., Any] | None
+    refuses: Callable[..., str | None] | None
 
 
 _described: dict[str, Described] = {}
@@ -48,14 +49,16 @@ def describe(
     mutates: tuple[str, ...] = (),
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    refuses: Callable[..., str | None] | None = None,
 ) -> None:
     """Say what `op` is. The schema's arguments are all positional and have no defaults: torch differentiates no
     keyword-only ones, and loses count of defaults beside lists of tensors.
 
     fake(*args) returns empty results of true shapes, dtypes and strides. setup(ctx, inputs, output) and
     backward(ctx, *grads) are those of torch.library.register_autograd; ctx.backend names the kernels' backend.
+    refuses, of a call's arguments: why no kernel of any backend takes it, as for a gradient that none has.
     """
-    _described[op] = Described(schema, fake, mutates, setup, backward)
+    _described[op] = Described(schema, fake, mutates, setup, backward, refuses)
 
 
 def _stem(op: str, backend: str) -> str:
@@ -78,7 +81,7 @@ def kernel(op: str, backend: str, *, by_name: str | None = None) -> None:
     def missing() -> str | None:
         return _load(backend)
 
-    dispatch.register(op, backend, run, missing=missing, refuses=refuses, by_name=by_name)
+    dispatch.register(op, backend, run, missing=missing, refuses=_refusing(op, refuses), by_name=by_name)
 
 
 def _load(backend: str) -> str | None:
@@ -94,6 +97,23 @@ def _load(backend: str) -> str | None:
 _load._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _refusing(op: str, own: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A backend's own refusals behind those of the op."""
+    every = _described[op].refuses
+    if every is None:
+        return own
+
+    def refuses(*args: Any, **given: Any) -> str | None:
+        return every(*args, **given) or own(*args, **given)
+
+    return refuses
+
+
+def records_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd would have to follow one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _nothing() -> None:
     """What a loaded backend misses."""
 
@@ -101,7 +121,7 @@ def _nothing() -> None:
 def _attach(op: str, backend: str) -> None:
     """Register the kernels of `op`, and of `<op>_backward` where described, with torch.library."""
     module = importlib.import_module(_stem(op, backend))
-    dispatch.replace(op, backend, run=module.run, missing=_nothing, refuses=module.refuses)
+    dispatch.replace(op, backend, run=module.run, missing=_nothing, refuses=_refusing(op, module.refuses))
     _define(op, backend, module.run)
     if f"{op}_backward" in _described:
         _define(f"{op}_backward", backend, module.run_backward)

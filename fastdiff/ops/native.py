@@ -113,8 +113,3 @@ def refuses(*tensors: Tensor | None) -> str | None:
         if x is not None and x.device.type != "cpu":
             return f"the cpp kernels run on CPU tensors, got one on {x.device}"
     return None
-
-
-def records_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd would have to follow one of them."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -16,7 +16,8 @@ from torch import Tensor
 from fastdiff.ops import cuda, dispatch, jit, library, philox
 
 
-def _result_dtype(x0: Tensor) -> torch.dtype:
+def result_dtype(x0: Tensor) -> torch.dtype:
+    """Of x_t, eps and v."""
     return x0.dtype if x0.is_floating_point() else torch.float32
 
 
@@ -36,7 +37,7 @@ def q_sample_ref(
     out: Tensor | None = None,
 ) -> list[Tensor]:
     """[x_t, eps if asked, v if asked] in plain PyTorch; arithmetic in fp32, in float64 for a float64 x0."""
-    dtype = torch.promote_types(_result_dtype(x0), torch.float32)
+    dtype = torch.promote_types(result_dtype(x0), torch.float32)
     x = x0.to(dtype) if x0.is_floating_point() else x0.to(dtype) / 127.5 - 1
     if noise is None:
         assert seed is not None
@@ -48,13 +49,18 @@ def q_sample_ref(
     parts = [x_t if where is None else torch.where(where, x_t, x)]
     parts += [z] * eps
     parts += [alpha * z - sigma * x] * v
-    results = [p.to(_result_dtype(x0)) for p in parts]
+    results = [p.to(result_dtype(x0)) for p in parts]
     return results if out is None else [out.copy_(results[0]), *results[1:]]
 
 
 def _fake(x0: Tensor, *options: Any) -> list[Tensor]:
     *_, eps, v = options
-    return [x0.new_empty(x0.shape, dtype=_result_dtype(x0)) for _ in range(1 + eps + v)]
+    return [x0.new_empty(x0.shape, dtype=result_dtype(x0)) for _ in range(1 + eps + v)]
+
+
+def _refuses(x0: Tensor, t: Tensor, table: Tensor, **_: object) -> str | None:
+    """Kernels give the gradients of x0 and noise."""
+    return "the kernels have no gradient of the schedule's table" if library.records_grad(table) else None
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -145,9 +151,9 @@ def _check(
             f"q_sample: where must be a bool mask with {x0.ndim} axes that broadcasts to x0 {tuple(x0.shape)}, got "
             f"{where.dtype} {tuple(where.shape)}"
         )
-    if out is not None and (out.shape != x0.shape or out.dtype != _result_dtype(x0) or not out.is_contiguous()):
+    if out is not None and (out.shape != x0.shape or out.dtype != result_dtype(x0) or not out.is_contiguous()):
         raise ValueError(
-            f"q_sample: out must be dense {_result_dtype(x0)} {tuple(x0.shape)}, got {out.dtype} {tuple(out.shape)} "
+            f"q_sample: out must be dense {result_dtype(x0)} {tuple(x0.shape)}, got {out.dtype} {tuple(out.shape)} "
             f"with strides {out.stride()}"
         )
     follows = torch.is_grad_enabled() and (x0.requires_grad or (noise is not None and noise.requires_grad))
@@ -162,6 +168,7 @@ library.describe(
     _fake,
     setup=_setup,
     backward=_backward,
+    refuses=_refuses,
 )
 dispatch.register("q_sample", "reference", q_sample_ref)
 library.kernel("q_sample", "cpp")

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastdiff.ops import jit, native, philox
 from fastdiff.ops.philox_triton import blocks_of, counter_word, images_grid, normals, oversized, run_length, this_image
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
+from fastdiff.ops.q_sample import result_dtype
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def run(
     out: Tensor | None = None,
 ) -> list[Tensor]:
     """`q_sample` as a Triton kernel; results are contiguous. A t outside the table is read as it lies in memory."""
-    dtype = x0.dtype if x0.is_floating_point() else torch.float32
+    dtype = result_dtype(x0)
     results = [torch.empty(x0.shape, dtype=dtype, device=x0.device) for _ in range((out is None) + eps + v)]
     results = results if out is None else [out, *results]
     if not x0.numel():
@@ -133,6 +132,6 @@ def refuses(
     out: Tensor | None = None,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    if x0.dtype not in DTYPES:
+    if x0.dtype not in native.DTYPES:
         return f"the Triton kernel takes float32, bfloat16, float16 and uint8 images, got {x0.dtype}"
     return oversized(x0, noise) or jit.refuses(x0, t, table, noise, seed, index, where, out)

@@ -160,6 +160,13 @@ def _fake(*_: object) -> None:
     """It returns nothing."""
 
 
+def _refuses(*args: Tensor | None, noise: Tensor | None = None, **_: object) -> str | None:
+    """Kernels write the state in place and record no gradient."""
+    if library.records_grad(*args, noise):
+        return "an argument requires grad and the kernel records none; call it under torch.no_grad()"
+    return None
+
+
 def step_(
     x: Tensor,
     x_in: Tensor | None,
@@ -194,6 +201,7 @@ library.describe(
     "str? variance, Tensor? noise, Tensor(d!)? bad) -> ()",
     _fake,
     mutates=("x", "x_in", "h", "bad"),
+    refuses=_refuses,
 )
 dispatch.register("step_", "reference", step_reference_)
 library.kernel("step_", "cpp")

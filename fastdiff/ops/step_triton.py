@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff import row
-from fastdiff.ops import jit, native, philox
+from fastdiff.ops import jit, native, philox, step_call
 from fastdiff.ops.philox_triton import (
     INTERPRETED,
     blocks_of,
@@ -225,11 +225,10 @@ def run(
     if not x.numel():
         return
     n, channels, pixels = len(x), x.shape[1], math.prod(x.shape[2:])
-    F = F if F.dtype in native.FLOATS else F.float()
-    F = F if strides(F) is not None else F.contiguous()
-    network = strides(F)
+    F = step_call.readable(F)
+    network = native.steps(F)
     assert network is not None
-    following = (0, pixels, 1) if x_in is None else strides(x_in)
+    following = (0, pixels, 1) if x_in is None else native.steps(x_in)
     assert following is not None
     second = channels * network[1]
     if dense := _dense(network, channels, pixels) and _dense(following, channels, pixels):
@@ -251,19 +250,6 @@ def run(
     )
 
 
-def strides(x: Tensor) -> tuple[int, int, int] | None:
-    """(image, channel, pixel) strides; None where the spatial axes are no single run of equal steps (a crop)."""
-    shape, stride = x.shape, x.stride()
-    pixel, length = 1, 1
-    for axis in range(x.ndim - 1, 1, -1):
-        if length == 1:
-            pixel = stride[axis]
-        elif shape[axis] != 1 and stride[axis] != pixel * length:
-            return None
-        length *= shape[axis]
-    return stride[0], stride[1], pixel
-
-
 def refuses(
     x: Tensor,
     x_in: Tensor | None,
@@ -275,14 +261,8 @@ def refuses(
     bad: Tensor | None = None,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    for name, a in (("x", x), ("h", h)):
-        if a.dtype != torch.float32:
-            return f"the state is float32 in the Triton kernel, got {name} in {a.dtype}"
-    if x_in is not None and (x_in.dtype not in native.FLOATS or strides(x_in) is None):
-        return (
-            f"x_in must be float32, bfloat16 or float16, contiguous or channels_last, got {x_in.dtype} with strides "
-            f"{x_in.stride()}"
-        )
-    if bad is not None and (bad.dtype != torch.int64 or not bad.is_contiguous()):
-        return f"bad must be dense int64, got {bad.dtype} with strides {bad.stride()}"
-    return oversized(x, x_in, F, noise) or jit.refuses(x, x_in, h, F, *numbers, noise, bad)
+    return (
+        step_call.refuses("Triton", x, x_in, h, bad)
+        or oversized(x, x_in, F, noise)
+        or jit.refuses(x, x_in, h, F, *numbers, noise, bad)
+    )

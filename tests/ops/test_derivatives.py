@@ -116,6 +116,18 @@ def test_a_step_that_requires_grad_is_refused_by_the_kernels(backend):
         run(step_, args)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])
+def test_gradients_that_no_kernel_has_are_refused_before_a_backend_is_asked(backend):
+    """Also where the backend is not there: what an op cannot do, no backend of it does."""
+    args = inputs(CASES["plain"])
+    first = [args[name] for name in ("x", "x_in", "h", "F", "rows", "k", "index", "seed")]
+    first[3].requires_grad_()
+    assert "requires grad" in dispatch._table["step_"][backend].refuses(*first)
+    x0, table = torch.randn(2, 1, 3, 3), torch.rand(5, 2, requires_grad=True)
+    given = {"noise": torch.randn(2, 1, 3, 3)}
+    assert "schedule's table" in dispatch._table["q_sample"][backend].refuses(x0, torch.tensor([0, 1]), table, **given)
+
+
 def test_a_step_under_auto_takes_the_reference_for_gradients():
     args = copied(inputs(CASES["plain"]))
     args["F"].requires_grad_()
