@@ -1,6 +1,7 @@
 """The throughput report: ours and rivals in one run, in turn, checked before they are timed.
 
-    python benchmarks/run.py ops|unet|sampler|all [--device cpu|cuda] [--quick] [--rounds N] [--threads N] [--out DIR]
+    python benchmarks/run.py ops|unet|sampler|all [--device cpu|cuda] [--quick] [--only TEXT] [--rounds N]
+        [--threads N] [--out DIR]
 
 Prints a table and writes <section>.json (every repetition) and <section>.md under benchmarks/results/<device>/.
 """
@@ -162,8 +163,8 @@ def _method(rounds: int, graphs: bool) -> str:
     return text
 
 
-def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[str, Any], str]:
-    """Run one section; returns the record and the Markdown."""
+def report(section: str, device: str, rounds: int, quick: bool, only: str = "") -> tuple[dict[str, Any], str]:
+    """Run one section, or its cases with `only` in their titles; returns the record and the Markdown."""
     about = machine(device)
     settle_allocator()
     copy = copy_bandwidth(device, 64 if quick else 256)
@@ -182,6 +183,8 @@ def report(section: str, device: str, rounds: int, quick: bool) -> tuple[dict[st
         try:
             module = importlib.import_module(f"benchmarks.{name}")
             for case in together({b: module.cases(device, b, quick) for b in backends}):
+                if only not in case.title:
+                    continue
                 results.append(measure(case, rounds, device, graphs))
                 text += lines(results[-1], copy)
                 print("\n".join(lines(results[-1], copy)), flush=True)
@@ -198,6 +201,7 @@ def main() -> int:
     parser.add_argument("section", choices=[*SECTIONS, "all"], nargs="?", default="all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing compiled: a minute")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their titles; writes no files")
     parser.add_argument("--rounds", type=int, default=None, help="default: 15 on a CPU, 50 on a GPU")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
@@ -209,10 +213,12 @@ def main() -> int:
     about = machine(args.device)
     name = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
     out = args.out or HERE / "results" / name / ("quick" if args.quick else "")
-    out.mkdir(parents=True, exist_ok=True)
     for section in SECTIONS if args.section == "all" else (args.section,):
         rounds = args.rounds or (15 if args.device == "cpu" else 50)
-        record, text = report(section, args.device, rounds, args.quick)
+        record, text = report(section, args.device, rounds, args.quick, args.only)
+        if args.only:
+            continue
+        out.mkdir(parents=True, exist_ok=True)
         (out / f"{section}.json").write_text(json.dumps(record, indent=1) + "\n")
         (out / f"{section}.md").write_text(text + "\n")
         print(f"wrote {out / section}.json and .md")
