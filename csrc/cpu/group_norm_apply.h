@@ -37,12 +37,14 @@ struct Affine {
 
 template <typename T, bool ACT>
 inline void apply(const Walk& w, const Normed& in, const Place& place, const Slot& slot, T* y) {
-    const Numbers numbers(w, place, slot);
-    panels(w, place, [&](const Panel& panel) FASTDIFF_INLINE {
+    panels(w, place, false, [&](const Panel& panel) FASTDIFF_INLINE {
+        const Numbers numbers(w, slot, panel);
         const T* x = (const T*)(panel.second ? in.x2 : in.x) + panel.x;
         T* out = y + panel.joined;
         blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
-            const Affine to(numbers, panel.column + block.column);
+            block.fetch_next(x, panel.x_stride, panel.width);
+            block.template fetch_next<true>(out, panel.joined_stride, panel.width);
+            const Affine to(numbers, block.column);
 #pragma GCC unroll 4
             for (int r = 0; r < block.rows; ++r) {
                 const int64_t row = block.row + r;

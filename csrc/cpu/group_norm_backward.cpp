@@ -57,9 +57,12 @@ inline void finish(const Walk& w, const GroupNormBackward& call, const Place& pl
 template <bool KEPT, bool ACT, typename T>
 FASTDIFF_INLINE inline void write_panel(const Panel& panel, const T* dy, const T* x, T* dx, const Numbers& numbers) {
     blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
-        const int64_t column = panel.column + block.column;
-        const Affine to(numbers, column);
-        const F32 slope = numbers.of(SLOPE, column), tilt = numbers.of(TILT, column), level = numbers.of(LEVEL, column);
+        block.fetch_next(x, panel.x_stride, panel.width);
+        if (!KEPT) block.fetch_next(dy, panel.joined_stride, panel.width);
+        block.template fetch_next<true>(dx, panel.x_stride, panel.width);
+        const Affine to(numbers, block.column);
+        const F32 slope = numbers.of(SLOPE, block.column), tilt = numbers.of(TILT, block.column);
+        const F32 level = numbers.of(LEVEL, block.column);
 #pragma GCC unroll 4
         for (int r = 0; r < block.rows; ++r) {
             const int64_t row = block.row + r, there = row * panel.x_stride + block.column;
@@ -88,19 +91,15 @@ struct Backward {
             prepare(w, call.in, place, stats.mean, stats.rstd, slot);
         };
         const auto reduce = [&](const Place& place, const Slot& slot) {
-            const Numbers numbers(w, place, slot);
-            summed<GRADIENT_SUMS>(w, place, slot, [&](const Sums& sums) FASTDIFF_INLINE {
-                panels(w, place, [&](const Panel& panel) FASTDIFF_INLINE {
-                    gradient_sums<GRADIENT_SUMS, KEEPS ? INNER : NOTHING, ACT>(panel, dy + panel.joined, x_of(panel),
-                                                                               dx_of(panel), numbers, sums);
-                });
+            summed<GRADIENT_SUMS>(w, place, slot, false, [&](const Panel& panel, const Sums& sums) FASTDIFF_INLINE {
+                gradient_sums<GRADIENT_SUMS, KEEPS ? INNER : NOTHING, ACT>(
+                    panel, dy + panel.joined, x_of(panel), dx_of(panel), Numbers(w, slot, panel), sums);
             });
         };
         const auto middle = [&](const Place& place, const Slot& slot) { finish(w, call, place, slot); };
         const auto write = [&](const Place& place, const Slot& slot) {
-            const Numbers numbers(w, place, slot);
-            panels(w, place, [&](const Panel& panel) FASTDIFF_INLINE {
-                write_panel<KEEPS, ACT>(panel, dy + panel.joined, x_of(panel), dx_of(panel), numbers);
+            panels(w, place, false, [&](const Panel& panel) FASTDIFF_INLINE {
+                write_panel<KEEPS, ACT>(panel, dy + panel.joined, x_of(panel), dx_of(panel), Numbers(w, slot, panel));
             });
         };
         return FASTDIFF_ISA_NS::run(w, groups(start), cells(reduce), groups(middle), cells_from_the_last(write));

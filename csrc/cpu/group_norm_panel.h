@@ -1,8 +1,8 @@
 // What lies within a cell of group_norm_walk.h: panels, and in them blocks.
 //
 // A panel is the part of a cell that lies in one tensor, as rows of vectors; a block is a few rows of one column of
-// vectors. Where the channels are last rows are pixels and columns channels; else a row is as many pixels of one
-// channel as a vector has lanes, and there is one column.
+// vectors. Where the channels are last rows are pixels and columns channels; else a panel is one channel, a row as many
+// pixels as a vector has lanes, and there is one column.
 #pragma once
 
 #include "group_norm_walk.h"
@@ -22,17 +22,22 @@ struct Panel {
 // the compiler would rather call what a loop does
 #define FASTDIFF_INLINE __attribute__((always_inline))
 
-// body(panel) for the panels of a cell
+// body(panel) for the panels of a cell; merged: channels that lie behind each other are one panel
 template <typename Body>
-FASTDIFF_INLINE inline void panels(const Walk& w, const Place& place, const Body& body) {
+FASTDIFF_INLINE inline void panels(const Walk& w, const Place& place, bool merged, const Body& body) {
     const int64_t p = place.piece * w.step, count = smaller(w.step, w.pixels - p), n = place.image;
     const int64_t x2_channels = w.channels - w.x_channels;
     if (!w.last) {
-        const int64_t c = place.group * w.group + place.column;
-        const bool second = c >= w.x_channels;
-        const int64_t row = second ? n * x2_channels + c - w.x_channels : n * w.x_channels + c;
-        const int64_t x = row * w.pixels + p, joined = (n * w.channels + c) * w.pixels + p;
-        return body(Panel{second, x, joined, LANES, LANES, count / LANES, LANES, 0, (int)(count % LANES)});
+        const int64_t first = place.group * w.group, end = first + smaller(place.column + w.span, w.group);
+        for (int64_t c = first + place.column, next; c < end; c = next) {
+            const bool second = c >= w.x_channels;
+            next = !merged ? c + 1 : second ? end : smaller(end, w.x_channels);
+            const int64_t row = second ? n * x2_channels + c - w.x_channels : n * w.x_channels + c;
+            const int64_t joined = (n * w.channels + c) * w.pixels + p, all = (next - c) * count;
+            const int rest = (int)(all % LANES);
+            body(Panel{second, row * w.pixels + p, joined, LANES, LANES, all / LANES, LANES, c - first, rest});
+        }
+        return;
     }
     const int64_t pixel = n * w.pixels + p, all = pixel * w.channels;
     for (int part = 0; part < (x2_channels ? 2 : 1); ++part) {
@@ -50,6 +55,16 @@ struct Block {
     template <typename T>
     F32 read(const T* p) const {
         return WHOLE ? load(p) : load(p, lanes);
+    }
+    // Asks for the rows behind these. The columns of a whole row ask in the order of addresses, which is faster than
+    // what the hardware makes of so many rows side by side; it needs no help where rows are vectors.
+    template <bool WRITTEN = false, typename T>
+    void fetch_next(const T* x, int64_t stride, int64_t width) const {
+        if (stride == LANES) return;
+        const bool dense = stride == width;
+        const T* next = x + (row + ROWS) * stride + (dense ? ROWS * column : column);
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next + r * (dense ? LANES : stride), WRITTEN);
     }
     // zero in the lanes that are not there
     F32 within(F32 v) const { return WHOLE ? v : first_of(v, lanes); }
@@ -80,7 +95,30 @@ FASTDIFF_INLINE inline void blocks(const Panel& panel, const Body& body) {
     if (panel.rest) body(Block<1, false>{row, 0, panel.rest});
 }
 
-// the sums of a cell, a vector for each column
+// body(run, rows) for the parts of a panel of at most so many rows and columns; what is no whole row is one more
+template <typename Body>
+FASTDIFF_INLINE inline void runs(const Panel& panel, int64_t rows, int64_t width, const Body& body) {
+    for (int64_t row = 0; row < panel.rows; row += rows)
+        for (int64_t j = 0; j < panel.width; j += width) {
+            Panel run = panel;
+            run.x += row * panel.x_stride + j, run.joined += row * panel.joined_stride + j, run.column += j;
+            run.rows = smaller(rows, panel.rows - row), run.width = smaller(width, panel.width - j), run.rest = 0;
+            body(run, run.rows);
+        }
+    if (!panel.rest) return;
+    Panel run = panel;
+    run.x += panel.rows * panel.x_stride, run.joined += panel.rows * panel.joined_stride, run.rows = 0;
+    body(run, 1);
+}
+
+// body(block) once for each column of a run
+template <typename Body>
+FASTDIFF_INLINE inline void once(const Panel& run, const Body& body) {
+    if (run.rest) return body(Block<1, false>{0, 0, run.rest});
+    columns<1>(0, run.width, body);
+}
+
+// the sums of a panel, a vector for each column
 struct Sums {
     double* first;
     int64_t apart;
@@ -88,26 +126,35 @@ struct Sums {
     double* of(int sum, int64_t column) const { return first + sum * apart + column; }
 };
 
-// body(sums) from zero, for the sums of a cell
+// body(panel, sums) for the panels of a cell, whose sums begin at zero
 template <int SUMS, typename Body>
-FASTDIFF_INLINE inline void summed(const Walk& w, const Place& place, const Slot& slot, const Body& body) {
+FASTDIFF_INLINE inline void summed(const Walk& w, const Place& place, const Slot& slot, bool merged, const Body& body) {
     double* out = sums_of(w, slot, place.cell);
     if (w.last) __builtin_memset(out, 0, (size_t)(SUMS * w.padded) * sizeof(double));
     alignas(64) double room[SUMS * LANES] = {};
-    body(w.last ? Sums{out, w.padded} : Sums{room, LANES});
-    if (w.last) return;
-    for (int sum = 0; sum < SUMS; ++sum)
-        out[sum] = added(load(room + sum * LANES) + load(room + sum * LANES + LANES / 2));
+    const auto keep = [&](int64_t column) {
+        for (int sum = 0; sum < SUMS; ++sum) {
+            double* own = room + sum * LANES;
+            out[sum * w.kept + column] = added(load(own) + load(own + LANES / 2));
+        }
+    };
+    panels(w, place, merged, [&](const Panel& panel) FASTDIFF_INLINE {
+        body(panel, w.last ? Sums{out + panel.column, w.padded} : Sums{room, LANES});
+        if (w.last || w.together) return;
+        keep(panel.column - place.column);
+        __builtin_memset(room, 0, sizeof room);
+    });
+    if (!w.last && w.together) keep(0);
 }
 
-// the numbers of a cell's channels, a vector for each column
+// the numbers of a panel's channels, a vector for each column
 struct Numbers {
     const float* first;
     int64_t apart;
     bool last;
 
-    Numbers(const Walk& w, const Place& place, const Slot& slot)
-        : first(slot.numbers + place.column), apart(w.padded), last(w.last) {}
+    Numbers(const Walk& w, const Slot& slot, const Panel& panel)
+        : first(slot.numbers + panel.column), apart(w.padded), last(w.last) {}
 
     F32 of(int number, int64_t column) const {
         const float* p = first + number * apart;

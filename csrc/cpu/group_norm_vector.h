@@ -163,29 +163,48 @@ inline void store(T* p, F32 v, int count) {
 // -log2 e: what the next functions take is t = MINUS_LOG2_E y, so that e^-y = 2^t
 constexpr float MINUS_LOG2_E = -0x1.715476p+0f;
 
-// MINUS_LOG2_E (1 + 2^t); infinite where 2^t overflows; NaN stays NaN. 2^f on [-1/2, 1/2] is minimax, 9e-8.
+// MINUS_LOG2_E (1 + 2^t), infinite where 2^t overflows; where t is NaN t over it is NaN. 2^f is minimax, with its
+// factor MINUS_LOG2_E in the coefficients: a division by the sum then takes that off t as well.
 // t itself overflows for |y| > 2.3e38: such a positive y gives inf.
-inline F32 one_and_power(F32 t) {
 #if defined(__AVX512DQ__)
-    const F32 f = (F32)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT), n = t - f;
+
+// bits of 2^(1 + i / 32), less i << 18
+alignas(64) constexpr uint32_t POWERS[32] = {
+    0x40000000, 0x3ffecd87, 0x3ffdaac3, 0x3ffc980f, 0x3ffb95c2, 0x3ffaa43a, 0x3ff9c3d3, 0x3ff8f4f0,  //
+    0x3ff837f0, 0x3ff78d3a, 0x3ff6f532, 0x3ff67043, 0x3ff5fed7, 0x3ff5a15b, 0x3ff5583f, 0x3ff523f6,  //
+    0x3ff504f3, 0x3ff4fbaf, 0x3ff508a4, 0x3ff52c4d, 0x3ff5672a, 0x3ff5b9be, 0x3ff6248c, 0x3ff6a81e,  //
+    0x3ff744fd, 0x3ff7fbb8, 0x3ff8ccdf, 0x3ff9b907, 0x3ffac0c7, 0x3ffbe4ba, 0x3ffd257d, 0x3ffe83b3,
+};
+
+// t = k / 32 + f: a table has 2^(k / 32) and keeps the multipliers free; |f| <= 1/64 leaves 5.3e-8
+inline F32 one_and_power(F32 t) {
+    // nearer to zero, with the sign of t: 127 makes the power infinite, -127 all but zero
+    const F32 bounded = (F32)_mm512_range_ps((__m512)t, _mm512_set1_ps(127), 2);
+    const F32 shifted = bounded + 0x1.8p+18f, f = bounded - (shifted - 0x1.8p+18f);
+    const __m512i low = _mm512_load_si512(POWERS), high = _mm512_load_si512(POWERS + 16), k = (__m512i)shifted;
+    const U32 power = (U32)_mm512_permutex2var_epi32(low, k, high) + ((U32)k << 18);
+    F32 p = multiply_add(splat(-0x1.62e386p-3f), f, splat(-0x1.0000f6p-1f));
+    p = multiply_add(p, f, splat(MINUS_LOG2_E / 2));
+    return multiply_add((F32)power, p, splat(MINUS_LOG2_E));
+}
+
 #else
+
+// |f| <= 1/2 leaves 9e-8
+inline F32 one_and_power(F32 t) {
     // a comparison with NaN is false, so NaN passes
     F32 bounded = t > 128.0f ? splat(128.0f) : t;
     bounded = bounded < -127.0f ? splat(-127.0f) : bounded;
     const F32 shifted = bounded + 0x1.8p+23f, f = bounded - (shifted - 0x1.8p+23f);
-#endif
-    // the polynomial's coefficients times MINUS_LOG2_E: a division by the sum then takes the factor off t as well
     F32 p = multiply_add(splat(-0x1.f5a9fp-10f), f, splat(-0x1.c9369ep-7f));
     p = multiply_add(p, f, splat(-0x1.480222p-4f));
     p = multiply_add(p, f, splat(-0x1.62e2a4p-2f));
     p = multiply_add(p, f, splat(-0x1.fffff6p-1f));
     p = multiply_add(p, f, splat(MINUS_LOG2_E));
-#if defined(__AVX512DQ__)
-    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n) + MINUS_LOG2_E;
-#else
     return p * (F32)(((U32)shifted + 127) << 23) + MINUS_LOG2_E;
-#endif
 }
+
+#endif
 
 inline F32 silu(F32 t) { return t / one_and_power(t); }
 

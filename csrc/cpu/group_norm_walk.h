@@ -1,8 +1,9 @@
 // How the kernels of group_norm_silu and inject walk over tensors: units and cells.
 //
 // A unit is what one set of statistics can be finished from: an image (channels_last) or a group of an image (NCHW).
-// A cell is a piece of a unit that has sums of its own: some pixels of all channels, or of one channel. Cells are cut
-// by shape alone, so that no result depends on the number of threads. Inside a cell: group_norm_panel.h.
+// A cell is a piece of a unit that has sums of its own: some pixels of all channels (channels_last), some channels of a
+// group or some pixels of one (NCHW). Cells are cut by shape alone, so that no result depends on the number of threads.
+// Inside a cell: group_norm_panel.h.
 #pragma once
 
 #include "group_norm.h"
@@ -20,10 +21,12 @@ struct Walk {
     bool last;
     int64_t channels, x_channels, pixels, images, groups;
     int64_t group;                      // channels of a group
-    int64_t step, pieces;               // pixels of a cell; cells that share a channel
+    int64_t step, pieces, span;         // pixels of a cell; cells that share a channel; channels of a cell
     int64_t units, cells, unit_groups;  // cells and groups of one unit
     int64_t padded;                     // columns of a unit, with room for whole vectors
-    int sums, numbers;                  // per channel: doubles that a cell sums up, floats that transform a unit
+    bool together;                      // an NCHW cell has one sum for all its channels
+    int64_t kept;                       // columns that a cell has sums of
+    int sums, numbers;                  // per column: doubles that a cell sums up, floats that transform a unit
     int threads;
     bool whole;  // each unit is done by one thread from beginning to end
 };
@@ -31,7 +34,7 @@ struct Walk {
 // fewer floats than this are not worth waking a thread for
 constexpr int64_t ALONE = 16384;
 
-inline Walk walk(const Normed& in, int sums, int numbers) {
+inline Walk walk(const Normed& in, int sums, int numbers, bool together = false) {
     Walk w{};
     // one pixel is both layouts; as channels_last its vectors are full
     w.last = in.channels_last || in.pixels == 1;
@@ -40,12 +43,15 @@ inline Walk walk(const Normed& in, int sums, int numbers) {
     // sums of 64 pixels or more, 32 pieces at most: their own traffic stays small beside the tensor's
     w.step = w.last ? larger(64, divided(divided(in.pixels, 32), 16) * 16) : 16384;
     w.pieces = divided(in.pixels, w.step);
+    w.span = w.last ? in.channels : smaller(w.group, larger(1, w.step / larger(1, in.pixels)));
     w.units = w.last ? in.images : in.images * in.groups;
-    w.cells = w.last ? w.pieces : w.group * w.pieces;
+    w.cells = w.last ? w.pieces : divided(w.group, w.span) * w.pieces;
     w.unit_groups = w.last ? in.groups : 1;
     w.padded = divided(w.last ? in.channels : w.group, 16) * 16 + 16;
+    w.together = together, w.kept = w.last ? w.padded : together ? 1 : w.span;
     w.sums = sums, w.numbers = numbers;
-    w.threads = in.images * in.channels * in.pixels <= ALONE ? 1 : in.threads;
+    const bool alone = in.images * in.channels * in.pixels <= ALONE;
+    w.threads = alone ? 1 : (int)larger(1, smaller(in.threads, w.units * w.cells));
     // unequal shares cost more than the barriers between passes that all threads share
     w.whole = w.units >= 4 * w.threads || w.units % w.threads == 0;
     return w;
@@ -57,25 +63,25 @@ struct Slot {
     float* numbers;
 };
 
-inline int64_t sums_size(const Walk& w) { return w.cells * w.sums * (w.last ? w.padded : 1); }
+inline int64_t sums_size(const Walk& w) { return w.cells * w.sums * w.kept; }
 
-inline double* sums_of(const Walk& w, const Slot& slot, int64_t cell) {
-    return slot.sums + cell * w.sums * (w.last ? w.padded : 1);
-}
+inline double* sums_of(const Walk& w, const Slot& slot, int64_t cell) { return slot.sums + cell * w.sums * w.kept; }
 
-// one sum of a channel, over its cells in their order
+// One sum of a channel, over its cells in their order. Where sums are together: of the `span` channels that begin here.
 inline double total(const Walk& w, const Slot& slot, int sum, int64_t column) {
-    const int64_t between = w.last ? w.sums * w.padded : w.sums;
-    const double* p = slot.sums + (w.last ? sum * w.padded + column : column * w.pieces * w.sums + sum);
+    const int64_t block = column < w.span ? 0 : column / w.span;
+    const double* p = sums_of(w, slot, block * w.pieces) + sum * w.kept + (column - block * w.span);
     double all = 0;
-    for (int64_t piece = 0; piece < w.pieces; ++piece) all += p[piece * between];
+    for (int64_t piece = 0; piece < w.pieces; ++piece) all += p[piece * w.sums * w.kept];
     return all;
 }
 
 // body(thread, first, end) for each thread's share of `count`
 template <typename Body>
 inline void share(int threads, int64_t count, const Body& body) {
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    // the runtime takes its locks for one thread too
+    if (threads == 1) return body(0, 0, count);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (int thread = 0; thread < threads; ++thread)
         body(thread, count * thread / threads, count * (thread + 1) / threads);
 }
@@ -104,8 +110,8 @@ struct Pass {
             if (OVER == GROUPS && w.last) place.group = i;
             if (OVER != GROUPS) {
                 place.cell = i;
-                place.column = w.last ? 0 : w.pieces == 1 ? i : i / w.pieces;
-                place.piece = i - place.column * w.pieces;
+                const int64_t block = w.last ? 0 : w.pieces == 1 ? i : i / w.pieces;
+                place.column = block * w.span, place.piece = i - block * w.pieces;
             }
             body(place, slot);
         }

@@ -24,12 +24,9 @@ struct Backward {
         const Walk w = walk(call.in, SUMS, APPLIED);
         const auto begin = [&](const Place& place, const Slot& slot) { prepare(w, call.in, place, 0, 1, slot); };
         const auto reduce = [&](const Place& place, const Slot& slot) {
-            const Numbers numbers(w, place, slot);
-            summed<SUMS>(w, place, slot, [&](const Sums& sums) FASTDIFF_INLINE {
-                panels(w, place, [&](const Panel& panel) FASTDIFF_INLINE {
-                    const T *dy = (const T*)call.dy + panel.joined, *x = (const T*)call.in.x + panel.x;
-                    gradient_sums<SUMS, OUTER, ACT>(panel, dy, x, (T*)call.dx + panel.x, numbers, sums);
-                });
+            summed<SUMS>(w, place, slot, false, [&](const Panel& panel, const Sums& sums) FASTDIFF_INLINE {
+                const T *dy = (const T*)call.dy + panel.joined, *x = (const T*)call.in.x + panel.x;
+                gradient_sums<SUMS, OUTER, ACT>(panel, dy, x, (T*)call.dx + panel.x, Numbers(w, slot, panel), sums);
             });
         };
         const auto finish = [&](const Place& place, const Slot& slot) {
