@@ -74,7 +74,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """y, and stats (N, groups, 3): mean, its remainder, 1 / std; by csrc/cpu/group_norm.cpp."""
     call = prepare(x, groups, act, weight, bias, x2, add, scale, shift)
-    y = native.fresh(call.shape, x.dtype, call.form)
+    y = native.fresh_like(x, call.form) if x2 is None else native.fresh(call.shape, x.dtype, call.form)
     stats = torch.empty(call.shape[0], groups, 3, dtype=torch.float32)
     native.cpu.group_norm(call.args, eps, y.data_ptr(), stats.data_ptr())
     return y, stats
@@ -100,8 +100,8 @@ def run_backward(
     """
     call = prepare(x, groups, act, weight, bias, x2, add, scale, shift)
     dy = dy.to(x.dtype).contiguous(memory_format=call.form)
-    dx = native.fresh(x.shape, x.dtype, call.form)
-    dx2 = x.new_empty(0) if x2 is None else native.fresh(x2.shape, x.dtype, call.form)
+    dx = native.fresh_like(x, call.form)
+    dx2 = x.new_empty(0) if x2 is None else native.fresh_like(x2, call.form)
     sums = torch.empty((*call.shape[:2], 3), dtype=torch.float32)
     native.cpu.group_norm_backward(call.args, *(v.data_ptr() for v in (stats.contiguous(), dy, dx, dx2, sums)))
     return dx, dx2, sums

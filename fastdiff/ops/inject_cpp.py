@@ -19,7 +19,7 @@ def run(
 ) -> Tensor:
     """`inject` by csrc/cpu/inject.cpp."""
     call = prepare(x, 1, act, add=add, scale=scale, shift=shift)
-    y = native.fresh(x.shape, x.dtype, call.form)
+    y = native.fresh_like(x, call.form)
     native.cpu.inject(call.args, y.data_ptr())
     return y
 
@@ -36,7 +36,7 @@ def run_backward(
     """The gradient of x, and the sums over the pixels (N, C, 2) of dn and dn (x + add), n the SiLU's argument."""
     call = prepare(x, 1, act, add=add, scale=scale, shift=shift)
     dy = dy.to(x.dtype).contiguous(memory_format=call.form)
-    dx = native.fresh(x.shape, x.dtype, call.form)
+    dx = native.fresh_like(x, call.form)
     sums = torch.empty((*x.shape[:2], 2), dtype=torch.float32)
     native.cpu.inject_backward(call.args, dy.data_ptr(), dx.data_ptr(), sums.data_ptr())
     return dx, sums

@@ -96,7 +96,15 @@ LARGE = 32 << 20
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
     """An empty tensor. A large one is asked for in huge pages: its first touch costs more than most kernels do."""
-    x = torch.empty(shape, dtype=dtype, memory_format=layout)
+    return _in_huge_pages(torch.empty(shape, dtype=dtype, memory_format=layout))
+
+
+def fresh_like(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """`fresh` of x's shape and dtype, which costs half as much to ask for."""
+    return _in_huge_pages(torch.empty_like(x, memory_format=layout))
+
+
+def _in_huge_pages(x: Tensor) -> Tensor:
     if x.nbytes > LARGE:
         cpu.advise_huge(x.data_ptr(), x.nbytes)
     return x
@@ -110,6 +118,6 @@ def address(x: Tensor | None) -> int:
 def refuses(*tensors: Tensor | None) -> str | None:
     """Why no CPU kernel takes these tensors: where they lie."""
     for x in tensors:
-        if x is not None and x.device.type != "cpu":
+        if x is not None and not x.is_cpu:
             return f"the cpp kernels run on CPU tensors, got one on {x.device}"
     return None
