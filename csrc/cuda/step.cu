@@ -115,13 +115,16 @@ struct StepOperation {
         for (int j = 0; j < WIDTH; ++j) x0[j] = clipped(raw[j], r[CLIP]);
         set_term(r[A], x, y);
         add_term(r[B0], x0, y);
-        add_term(r[BF], F, y);
-        for (int b = 0; b < 3; ++b)
-            if (r[B1 + b] != 0) {
-                float h[WIDTH];
-                load_dense<ACCESS>(call.h, FLOAT32, b * slot + i, count, h);
-                add_term(r[B1 + b], h, y);
-            }
+        // what few rows have, behind one branch: each by itself would be issued, and predicated off, in every row
+        if (r[BF] != 0 || r[B1] != 0 || r[B2] != 0 || r[B3] != 0) {
+            add_term(r[BF], F, y);
+            for (int b = 0; b < 3; ++b)
+                if (r[B1 + b] != 0) {
+                    float h[WIDTH];
+                    load_dense<ACCESS>(call.h, FLOAT32, b * slot + i, count, h);
+                    add_term(r[B1 + b], h, y);
+                }
+        }
         if (r[S] != 0) add_noise(n, at, c, p, count, x, raw, y);
         remember(i, count, x, x0);
         store_dense<ACCESS>(call.x, FLOAT32, i, count, y);

@@ -187,8 +187,9 @@ def test_a_broken_image_stays_alone_and_is_named(h100, shape, poison):
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 8, 8), (2, 2, 5, 5)])
-def test_zeros_read_nothing_and_nan_passes_the_clip(h100, shape):
-    args = inputs(Step(shape, guided=True, columns=("B0",), clip=1.0))
+@pytest.mark.parametrize("history", [(), ("B1",)])
+def test_zeros_read_nothing_and_nan_passes_the_clip(h100, shape, history):
+    args = inputs(Step(shape, guided=True, columns=("B0", *history), clip=1.0))
     args["rows"][:, row.C_SKIP] = 0
     args["rows"][:, row.W] = 1
     args["x"].fill_(math.nan)
@@ -197,8 +198,10 @@ def test_zeros_read_nothing_and_nan_passes_the_clip(h100, shape):
     args["F"][0, 0, 3, 3] = math.inf
     got = run(step_cuda.run, copied(args))
     assert got["x"].isnan().nonzero().tolist() == [[0, 0, 1, 2]]
-    assert got["x"][0, 0, 3, 3] == args["rows"][2, row.B0]
-    assert got["h"].isnan().all()
+    # BF is zero: the infinite F is in the clipped x0 alone
+    there = args["rows"][2, row.B1] * args["h"][0, 0, 0, 3, 3] if history else torch.zeros(())
+    torch.testing.assert_close(got["x"][0, 0, 3, 3], args["rows"][2, row.B0] + there)
+    assert got["h"][1:].isnan().all()
 
 
 def test_noise_does_not_depend_on_the_batch(h100):

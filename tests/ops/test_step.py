@@ -172,14 +172,17 @@ def test_a_broken_image_stays_alone_and_is_named(backend, poison):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_passes_the_clip(backend):
-    args = inputs(Case((1, 1, 4, 4), columns=("B0",), clip=1.0))
+@pytest.mark.parametrize("history", [(), ("B1",)])
+def test_nan_passes_the_clip(backend, history):
+    args = inputs(Case((1, 1, 4, 4), columns=("B0", *history), clip=1.0))
     args["F"][0, 0, 1, 2] = math.nan
     args["F"][0, 0, 3, 3] = math.inf
     with dispatch.backend(backend):
         got = run(step_, copied(args))["x"][0, 0]
     assert got.isnan().nonzero().tolist() == [[1, 2]]
-    assert got[3, 3] == args["rows"][2, row.B0]
+    # BF is zero: the infinite F is in the clipped x0 alone
+    there = args["rows"][2, row.B1] * args["h"][0, 0, 0, 3, 3] if history else torch.zeros(())
+    torch.testing.assert_close(got[3, 3], args["rows"][2, row.B0] + there)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
