@@ -1,8 +1,10 @@
 #!/bin/sh
 # Builds the CPU kernels with AddressSanitizer and UBSan in a copy of the sources and runs the tests of the ops on them.
-# Usage, from anywhere: csrc/sanitize.sh [pytest arguments]; PYTHON names the interpreter, ISAS what this CPU runs.
+# Usage, from anywhere: csrc/sanitize.sh [pytest arguments]; PYTHON names the interpreter, ISAS what to run: by default
+# all that this CPU can.
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r "$root/setup.py" "$root/pyproject.toml" "$root/csrc" "$root/fastdiff" "$root/tests" "$work"
@@ -11,16 +13,20 @@ cd "$work"
 # -O3 under the sanitizers compiles for minutes a file; the explicit vectors, and so the addresses, are the same
 sed -i 's/"-O3"/"-O1"/' setup.py
 flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
-CXXFLAGS="$flags" LDFLAGS="$flags" FASTDIFF_REQUIRE_CPP=1 "${PYTHON:-python}" setup.py -q build_ext --inplace
+CXXFLAGS="$flags" LDFLAGS="$flags" FASTDIFF_REQUIRE_CPP=1 "$python" setup.py -q build_ext --inplace
+
 library() { g++ -print-file-name="lib$1.so"; }
+# Python itself is no leak test, and pybind11's exceptions need the C++ runtime loaded before the sanitizer
+sanitized() {
+    env ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(library asan) $(library ubsan) $(library stdc++)" "$@"
+}
+
 tests=""
-for op in step q_sample time_embed group_norm_silu inject cpp group_norm_cpp cells; do
-    if [ -e "tests/ops/test_$op.py" ]; then tests="$tests tests/ops/test_$op.py"; fi
+for name in step q_sample time_embed group_norm_silu cpp group_norm_cpp cells; do
+    tests="$tests tests/ops/test_$name.py"
 done
-for isa in ${ISAS:-v4 v3 base}; do
-    # Python itself is no leak test, and pybind11's exceptions need the C++ runtime loaded before the sanitizer
+isas=${ISAS:-$(sanitized "$python" -c "from fastdiff import _cpu; print(*_cpu.isas)")}
+for isa in $isas; do
     # shellcheck disable=SC2086
-    env FASTDIFF_ISA="$isa" ASAN_OPTIONS=detect_leaks=0 \
-        LD_PRELOAD="$(library asan) $(library ubsan) $(library stdc++)" \
-        "${PYTHON:-python}" -m pytest $tests "$@"
+    sanitized env FASTDIFF_ISA="$isa" "$python" -m pytest $tests "$@"
 done
