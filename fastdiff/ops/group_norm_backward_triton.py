@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.ops import group_norm_tiles as tiles, jit
+from fastdiff.ops.group_norm_call import Given
 from fastdiff.ops.group_norm_parts_triton import (
     along,
     coefficients,
@@ -209,29 +210,29 @@ def run_backward(
     act: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dx2, sums): sums (N, C, 3) = sum_p dn, sum_p dn xhat, sum_p dz; dx2 is empty without x2."""
-    given = tiles.Given.of(x, x2, weight, bias, add, scale, shift)
+    given = Given.of(x, x2, weight, bias, add, scale, shift)
     processors = tiles.multiprocessors(x.device)
     plan = tiles.choose(*given.sizes, groups, given.last, x.element_size(), processors, backward=True)
     return backward(given, dy, stats, groups, act, plan)
 
 
 def backward(
-    given: tiles.Given, dy: Tensor, stats: Tensor, groups: int, act: bool, plan: Tiles
+    given: Given, dy: Tensor, stats: Tensor, groups: int, act: bool, plan: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`run_backward` with tiles of the caller's choice."""
     x, x2, (n, channels, pixels) = given.x, given.x2, given.sizes
-    dy = dy.contiguous(memory_format=given.form)
+    dy = given.like(dy)
     dx = given.empty(x.shape[1])
     dx2 = None if x2 is None else given.empty(x2.shape[1])
     sums = torch.empty((n, channels, 3), dtype=torch.float32, device=x.device)
     if dy.numel() == 0:
         return dx, x.new_empty(0) if dx2 is None else dx2, sums.zero_()
-    numbers, sizes = (stats, *given.numbers), (channels, int(x.shape[1]), pixels)
-    block, group = given.block(plan), channels // groups
+    numbers, sizes = (stats, *tiles.numbers(given)), (channels, int(x.shape[1]), pixels)
+    block, group = tiles.block(given, plan), channels // groups
     if plan.one_pass:
         grid = (n * tiles.blocks(channels, plan.slab),)
         jit.launch(one_pass_kernel, grid)(
-            dy, x, x2, dx, dx2, sums, *numbers, *sizes, ACT=act, **block, **given.slabs(plan, group)
+            dy, x, x2, dx, dx2, sums, *numbers, *sizes, ACT=act, **block, **tiles.whole_slabs(given, plan, group)
         )
     else:
         part = torch.empty((3, n, channels, plan.splits), dtype=torch.float32, device=x.device)

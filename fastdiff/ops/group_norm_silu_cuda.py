@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from fastdiff.ops import cuda, native
-from fastdiff.ops.group_norm_silu import layout
+from fastdiff.ops import cuda, group_norm_call, native
+from fastdiff.ops.group_norm_call import Given, stride
+
+_ORDER = ("dy", "y", "dx", "dx2", "stats", "sums")
 
 
-def launch(
-    tensors: dict[str, Tensor | None],
-    numbers: list[Tensor | None],
-    groups: int,
-    *,
-    eps: float = 0.0,
-    act: bool,
-    backward: bool,
-) -> None:
-    """Run the norm (groups 0: the injection alone) on dense `tensors` of one layout; numbers: weight .. shift."""
-    x, x2 = tensors["x"], tensors["x2"]
-    assert x is not None
-    n, first, *space = x.shape
-    channels = first + (0 if x2 is None else x2.shape[1])
-    small = [None if v is None else native.dense(v, torch.float32) for v in numbers]
-    order = ("x", "x2", "dy", "y", "dx", "dx2", "stats", "sums")
+def launch(given: Given, groups: int, *, eps: float = 0.0, act: bool, backward: bool, **others: Tensor | None) -> None:
+    """Run the norm (groups 0: the injection alone); others: dy, what it writes, the statistics."""
+    n, channels, pixels = given.sizes
+    tensors = (given.x, given.x2, *map(others.get, _ORDER))
     call = cuda.kernels.GroupNorm(
-        tuple(native.address(tensors.get(name)) for name in order),
-        tuple((native.address(v), 0 if v is None or v.ndim == 1 else channels) for v in small),
-        *(native.DTYPES[x.dtype], layout(x) != torch.contiguous_format, act),
-        *(n, first, channels, math.prod(space), groups, eps),
+        tuple(map(native.address, tensors)),
+        tuple((native.address(v), stride(v)) for v in given.small),
+        *(native.DTYPES[given.x.dtype], given.last, act),
+        *(n, given.x.shape[1], channels, pixels, groups, eps),
     )
-    index, stream = cuda.queue(x)
+    index, stream = cuda.queue(given.x)
     planned = cuda.kernels.Planned(call, cuda.device(index), backward)
-    workspace = x.new_empty(planned.workspace, dtype=torch.float32)
+    workspace = given.x.new_empty(planned.workspace, dtype=torch.float32)
     planned.run(workspace.data_ptr(), index, stream)
 
 
@@ -53,15 +41,12 @@ def run(
     act: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(y, stats): stats (N, groups, 3) fp32 holds the mean of z as hi + lo, and rstd."""
-    form = layout(x)
-    x, x2 = x.contiguous(memory_format=form), None if x2 is None else x2.contiguous(memory_format=form)
-    channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
-    y = torch.empty((x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=form)
+    given = Given.of(x, x2, weight, bias, add, scale, shift)
+    y = given.empty(given.sizes[1])
     stats = x.new_empty((x.shape[0], groups, 3), dtype=torch.float32)
     if y.numel() == 0:
         return y, stats.zero_()
-    tensors: dict[str, Tensor | None] = {"x": x, "x2": x2, "y": y, "stats": stats}
-    launch(tensors, [weight, bias, add, scale, shift], groups, eps=eps, act=act, backward=False)
+    launch(given, groups, eps=eps, act=act, backward=False, y=y, stats=stats)
     return y, stats
 
 
@@ -80,20 +65,15 @@ def run_backward(
     act: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dx2, sums): sums (N, C, 3) fp32 over the pixels, of dn, dn xhat and dz; dx2 is empty without x2."""
-    form = layout(x)
-    x, dy = x.contiguous(memory_format=form), dy.to(x.dtype).contiguous(memory_format=form)
-    x2 = None if x2 is None else x2.contiguous(memory_format=form)
-    dx = torch.empty_like(x, memory_format=form)
-    dx2 = x.new_empty(0) if x2 is None else torch.empty_like(x2, memory_format=form)
-    sums = x.new_empty((*dy.shape[:2], 3), dtype=torch.float32)
+    given = Given.of(x, x2, weight, bias, add, scale, shift)
+    dx, dx2 = given.empty(x.shape[1]), None if x2 is None else given.empty(x2.shape[1])
+    results = dx, x.new_empty(0) if dx2 is None else dx2, x.new_empty((*dy.shape[:2], 3), dtype=torch.float32)
     if dy.numel() == 0:
-        return dx, dx2, sums.zero_()
-    tensors: dict[str, Tensor | None] = {
-        **{"x": x, "x2": x2, "dy": dy, "dx": dx, "dx2": dx2 if x2 is not None else None},
-        **{"stats": native.dense(stats, torch.float32), "sums": sums},
-    }
-    launch(tensors, [weight, bias, add, scale, shift], groups, act=act, backward=True)
-    return dx, dx2, sums
+        results[2].zero_()
+        return results
+    dy, stats = given.like(dy), native.dense(stats, torch.float32)
+    launch(given, groups, act=act, backward=True, dy=dy, stats=stats, dx=dx, dx2=dx2, sums=results[2])
+    return results
 
 
 def refuses(
@@ -107,11 +87,4 @@ def refuses(
     **_: object,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    if x.dtype not in native.FLOATS:
-        return f"the CUDA kernel takes float32, bfloat16 and float16, got {x.dtype}"
-    if x2 is not None and x2.dtype != x.dtype:
-        return f"x and x2 must have one dtype, got {x.dtype} and {x2.dtype}"
-    for v in (*numbers, add, scale, shift):
-        if v is not None and v.dtype == torch.float64:
-            return "the CUDA kernel computes in float32, got a float64 parameter"
-    return cuda.refuses(x, *numbers, x2, add, scale, shift)
+    return group_norm_call.refuses("CUDA", x, x2) or cuda.refuses(x, *numbers, x2, add, scale, shift)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastdiff.ops import group_norm_tiles as tiles, jit
 from fastdiff.ops.group_norm_backward_triton import run_backward
+from fastdiff.ops.group_norm_call import Given, stride
 from fastdiff.ops.group_norm_parts_triton import (
     along,
     coefficients,
@@ -196,36 +197,34 @@ def run(
     act: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(y, stats): stats (N, groups, 3) are mean, its fp32 remainder, and rstd of cat([x, x2], 1) + add."""
-    given = tiles.Given.of(x, x2, weight, bias, add, scale, shift)
+    given = Given.of(x, x2, weight, bias, add, scale, shift)
     plan = tiles.choose(*given.sizes, groups, given.last, x.element_size(), tiles.multiprocessors(x.device))
     return forward(given, groups, eps, act, plan)
 
 
-def forward(given: tiles.Given, groups: int, eps: float, act: bool, plan: Tiles) -> tuple[Tensor, Tensor]:
+def forward(given: Given, groups: int, eps: float, act: bool, plan: Tiles) -> tuple[Tensor, Tensor]:
     """`run` with tiles of the caller's choice."""
     x, (n, channels, pixels) = given.x, given.sizes
     y = given.empty(channels)
     stats = torch.empty((n, groups, 3), dtype=torch.float32, device=x.device)
     if y.numel() == 0:
         return y, stats.zero_()
-    sizes = (channels, int(x.shape[1]), pixels)
-    block = given.block(plan)
-    group = channels // groups
+    numbers, sizes = tiles.numbers(given), (channels, int(x.shape[1]), pixels)
+    block, group = tiles.block(given, plan), channels // groups
     if plan.one_pass:
         grid = (n * tiles.blocks(channels, plan.slab),)
-        jit.launch(one_pass_kernel, grid)(
-            x, given.x2, y, stats, *given.numbers, *sizes, eps, ACT=act, **block, **given.slabs(plan, group)
-        )
+        whole = tiles.whole_slabs(given, plan, group)
+        jit.launch(one_pass_kernel, grid)(x, given.x2, y, stats, *numbers, *sizes, eps, ACT=act, **block, **whole)
         return y, stats
     part = torch.empty((3, n, channels, plan.splits), dtype=torch.float32, device=x.device)
     grid = (n * tiles.blocks(channels, plan.block_c) * plan.splits,)
     walk, plane = (plan.steps, plan.splits), n * channels * plan.splits
     jit.launch(sums_kernel, grid)(x, given.x2, part, *sizes, plane, *walk, **block)
     jit.launch(statistics_kernel, (n * groups,))(
-        part, given.add, stats, given.add_n, channels, pixels, plane, plan.steps * plan.block_p, plan.splits, eps,
+        part, given.add, stats, stride(given.add), channels, pixels, plane, plan.steps * plan.block_p, plan.splits, eps,
         GROUP=group, BLOCK=min(tiles.ENTRIES, tiles.power(group * plan.splits)),
     )  # fmt: skip
-    jit.launch(apply_kernel, grid)(x, given.x2, y, stats, *given.numbers, *sizes, *walk, GROUP=group, ACT=act, **block)
+    jit.launch(apply_kernel, grid)(x, given.x2, y, stats, *numbers, *sizes, *walk, GROUP=group, ACT=act, **block)
     return y, stats
 
 

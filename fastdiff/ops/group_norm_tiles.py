@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.ops.group_norm_silu import layout
-from fastdiff.ops.native import FLOATS
+from fastdiff.ops import group_norm_call
+from fastdiff.ops.group_norm_call import Given, stride
 
 ONE_PASS = {("forward", 2): 32768, ("forward", 4): 32768, ("backward", 2): 16384, ("backward", 4): 8192}
 """Most elements that a block holds, padding included (backward: of x, and as many of dy), by bytes an element."""
@@ -145,84 +145,35 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-class Given(NamedTuple):
-    """The tensors of a call as the kernels take them: x and x2 dense in one layout, the small ones in fp32."""
-
-    x: Tensor
-    x2: Tensor | None
-    last: bool
-    weight: Tensor | None
-    bias: Tensor | None
-    add: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-
-    @classmethod
-    def of(cls, x: Tensor, x2: Tensor | None, *small: Tensor | None) -> Given:
-        """Copies only what is not laid out as the result will be. small: weight, bias, add, scale, shift."""
-        form = layout(x)
-        x2 = None if x2 is None else x2.contiguous(memory_format=form)
-        wide = (None if v is None else v.float().contiguous() for v in small)
-        return cls(x.contiguous(memory_format=form), x2, form is not torch.contiguous_format, *wide)
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Images, channels of x and x2 together, pixels; numbers where torch.compile traces with symbols."""
-        n, channels, *space = self.x.shape
-        return int(n), int(channels + (0 if self.x2 is None else self.x2.shape[1])), int(math.prod(space))
-
-    @property
-    def form(self) -> torch.memory_format:
-        """The layout of x, x2 and of the result."""
-        return layout(self.x)
-
-    @property
-    def add_n(self) -> int:
-        """How far the `add` of an image lies from that of the next."""
-        return _stride(self.add)
-
-    @property
-    def numbers(self) -> tuple[Tensor | int | None, ...]:
-        """The small tensors and strides, in the order of the kernels' arguments."""
-        small = (self.weight, self.bias, self.add, self.scale, self.shift)
-        return *small, *map(_stride, small[2:])
-
-    def empty(self, channels: int) -> Tensor:
-        """A new tensor beside x of that many channels."""
-        shape = (self.x.shape[0], channels, *self.x.shape[2:])
-        return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.form)
-
-    def block(self, plan: Tiles) -> dict[str, int | bool]:
-        """The kernels' keywords for these tiles."""
-        _, channels, pixels = self.sizes
-        rows = (int(self.x.shape[1]), channels) if self.last else (pixels,)
-        # elements in a row that can be read as one word
-        vector = math.gcd(16 // self.x.element_size(), *rows)
-        return {
-            "BLOCK_C": plan.block_c,
-            "BLOCK_P": plan.block_p,
-            "LAST": self.last,
-            "VECTOR": vector,
-            "FULL": channels % plan.block_c == 0 == pixels % plan.block_p and plan.slab in (0, plan.block_c),
-            "num_warps": plan.warps,
-        }
-
-    def slabs(self, plan: Tiles, group: int) -> dict[str, int | bool]:
-        """The one-pass kernels' further keywords."""
-        whole = self.sizes[1] % plan.slab == 0
-        return {"GROUP": group, "SLAB": plan.slab, "GROUPS": power(plan.slab // group), "WHOLE": whole}
+def numbers(given: Given) -> tuple[Tensor | int | None, ...]:
+    """The small tensors and strides, in the order of the kernels' arguments."""
+    return *given.small, *map(stride, given.small[2:])
 
 
-def _stride(v: Tensor | None) -> int:
-    return int(v.shape[1]) if v is not None and v.ndim == 2 else 0
+def block(given: Given, plan: Tiles) -> dict[str, int | bool]:
+    """The kernels' keywords for these tiles."""
+    _, channels, pixels = given.sizes
+    rows = (int(given.x.shape[1]), channels) if given.last else (pixels,)
+    # elements in a row that can be read as one word
+    vector = math.gcd(16 // given.x.element_size(), *rows)
+    return {
+        "BLOCK_C": plan.block_c,
+        "BLOCK_P": plan.block_p,
+        "LAST": given.last,
+        "VECTOR": vector,
+        "FULL": channels % plan.block_c == 0 == pixels % plan.block_p and plan.slab in (0, plan.block_c),
+        "num_warps": plan.warps,
+    }
 
 
-def refuses(x: Tensor, x2: Tensor | None) -> str | None:
+def whole_slabs(given: Given, plan: Tiles, group: int) -> dict[str, int | bool]:
+    """The one-pass kernels' further keywords."""
+    whole = given.sizes[1] % plan.slab == 0
+    return {"GROUP": group, "SLAB": plan.slab, "GROUPS": power(plan.slab // group), "WHOLE": whole}
+
+
+def refuses(x: Tensor, x2: Tensor | None = None) -> str | None:
     """Why the kernels do not take x and x2, None when they do."""
-    if x.dtype not in FLOATS:
-        return f"the kernels take float32, bfloat16 and float16, got {x.dtype}"
-    if x2 is not None and x2.dtype is not x.dtype:
-        return f"x2 is {x2.dtype} and x is {x.dtype}; the kernels take one dtype"
     if math.prod(x.shape[2:]) > MOST_PIXELS:
-        return f"an image has {math.prod(x.shape[2:])} pixels; the kernels take at most {MOST_PIXELS}"
-    return None
+        return f"an image has {math.prod(x.shape[2:])} pixels; the Triton kernel takes at most {MOST_PIXELS}"
+    return group_norm_call.refuses("Triton", x, x2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdiff.ops import native
-from fastdiff.ops.group_norm_silu_cpp import prepare
+from fastdiff.ops import group_norm_call, native
+from fastdiff.ops.group_norm_call import Given
+from fastdiff.ops.group_norm_silu_cpp import normed
 
 
 def run(
@@ -18,9 +19,9 @@ def run(
     act: bool = False,
 ) -> Tensor:
     """`inject` by csrc/cpu/inject.cpp."""
-    call = prepare(x, 1, act, add=add, scale=scale, shift=shift)
-    y = native.fresh_like(x, call.form)
-    native.cpu.inject(call.args, y.data_ptr())
+    given = Given.of(x, None, None, None, add, scale, shift)
+    y = native.fresh_like(x, given.form)
+    native.cpu.inject(normed(given, 1, act), y.data_ptr())
     return y
 
 
@@ -34,11 +35,10 @@ def run_backward(
     act: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x, and the sums over the pixels (N, C, 2) of dn and dn (x + add), n the SiLU's argument."""
-    call = prepare(x, 1, act, add=add, scale=scale, shift=shift)
-    dy = dy.to(x.dtype).contiguous(memory_format=call.form)
-    dx = native.fresh_like(x, call.form)
+    given = Given.of(x, None, None, None, add, scale, shift)
+    dy, dx = given.like(dy), native.fresh_like(x, given.form)
     sums = torch.empty((*x.shape[:2], 2), dtype=torch.float32)
-    native.cpu.inject_backward(call.args, dy.data_ptr(), dx.data_ptr(), sums.data_ptr())
+    native.cpu.inject_backward(normed(given, 1, act), dy.data_ptr(), dx.data_ptr(), sums.data_ptr())
     return dx, sums
 
 
@@ -46,6 +46,4 @@ def refuses(
     x: Tensor, *, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, **_: object
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    if x.dtype not in native.FLOATS:
-        return f"the cpp kernel takes float32, bfloat16 and float16, got {x.dtype}"
-    return native.refuses(x, add, scale, shift)
+    return group_norm_call.refuses("cpp", x) or native.refuses(x, add, scale, shift)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastdiff.ops import group_norm_tiles as tiles, jit
 from fastdiff.ops.group_norm_backward_triton import sums_kernel
+from fastdiff.ops.group_norm_call import Given
 from fastdiff.ops.group_norm_silu_triton import apply_kernel
 
 
@@ -17,15 +18,15 @@ def run(
     act: bool = False,
 ) -> Tensor:
     """act((x + add) (1 + scale) + shift) in one pass."""
-    given = tiles.Given.of(x, None, None, None, add, scale, shift)
+    given = Given.of(x, None, None, None, add, scale, shift)
     n, channels, pixels = given.sizes
     y = given.empty(channels)
     if y.numel():
         plan = tiles.split(n, channels, pixels, given.last, tiles.multiprocessors(x.device))
         grid = (n * tiles.blocks(channels, plan.block_c) * plan.splits,)
         jit.launch(apply_kernel, grid)(
-            given.x, None, y, None, *given.numbers, channels, channels, pixels, plan.steps, plan.splits,
-            GROUP=1, ACT=act, **given.block(plan),
+            given.x, None, y, None, *tiles.numbers(given), channels, channels, pixels, plan.steps, plan.splits,
+            GROUP=1, ACT=act, **tiles.block(given, plan),
         )  # fmt: skip
     return y
 
@@ -40,7 +41,7 @@ def run_backward(
     act: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(dx, sums): sums (N, C, 2) = sum_p dn, sum_p dn (x + add)."""
-    given = tiles.Given.of(x, None, None, None, add, scale, shift)
+    given = Given.of(x, None, None, None, add, scale, shift)
     n, channels, pixels = given.sizes
     dx = given.empty(channels)
     if dx.numel() == 0:
@@ -49,9 +50,9 @@ def run_backward(
     part = torch.empty((2, n, channels, plan.splits), dtype=torch.float32, device=x.device)
     grid = (n * tiles.blocks(channels, plan.block_c) * plan.splits,)
     jit.launch(sums_kernel, grid)(
-        dy.contiguous(memory_format=given.form), given.x, None, dx, part, None, *given.numbers,
+        given.like(dy), given.x, None, dx, part, None, *tiles.numbers(given),
         channels, channels, pixels, n * channels * plan.splits, plan.steps, plan.splits, GROUP=1, ACT=act,
-        **given.block(plan),
+        **tiles.block(given, plan),
     )  # fmt: skip
     return dx, part.sum(-1).movedim(0, -1).contiguous()
 
@@ -65,4 +66,4 @@ def refuses(
     **_: object,
 ) -> str | None:
     """Why the kernels do not take these arguments, None when they do."""
-    return tiles.refuses(x, None) or jit.refuses(x, add, scale, shift)
+    return tiles.refuses(x) or jit.refuses(x, add, scale, shift)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from fastdiff.ops import group_norm_tiles as tiles, jit
+from fastdiff.ops.group_norm_call import Given
 from fastdiff.ops.group_norm_silu import group_norm_silu_ref, layout
 
 if not jit.INTERPRETED:
@@ -160,7 +161,7 @@ def test_against_float64(case):
     torch_y = group_norm_silu_ref(inputs[0], case.groups, weight, bias, **named, act=case.act)
     torch_dz = torch.cat(torch.autograd.grad(torch_y, inputs, dy), 1)
 
-    numbers = tiles.Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
+    numbers = Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
     plan = tiles_of(case)
     y, stats = group_norm_silu_triton.forward(numbers, case.groups, 1e-5, case.act, plan)
     assert y.stride() == torch.empty(case.shape).to(memory_format=layout(x)).stride()
@@ -190,7 +191,7 @@ def test_what_is_not_finite_stays_in_its_image(path, bad, last):
     dy, x, weight, bias, given = tensors(case)
 
     def run(x):
-        numbers = tiles.Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
+        numbers = Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
         y, stats = group_norm_silu_triton.forward(numbers, 3, 1e-5, True, tiles_of(case))
         return [y, stats, *group_norm_backward_triton.backward(numbers, dy, stats, 3, True, tiles_of(case))]
 
@@ -256,7 +257,7 @@ def test_empty(shape):
 def test_repeats_are_bit_equal():
     case = Case((2, 12, 5, 7), 3, second=6, path="walk")
     _, x, weight, bias, given = tensors(case)
-    numbers = tiles.Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
+    numbers = Given.of(x, given["x2"], weight, bias, *(given.get(k) for k in ("add", "scale", "shift")))
     first = group_norm_silu_triton.forward(numbers, 3, 1e-5, True, tiles_of(case))
     again = group_norm_silu_triton.forward(numbers, 3, 1e-5, True, tiles_of(case))
     assert all(map(torch.equal, first, again))
