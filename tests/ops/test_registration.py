@@ -17,7 +17,7 @@ from tests.ops.describe_all import DESCRIPTIONS, cells_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
 ]
 
 BACKEND = "cpp"
