@@ -42,9 +42,9 @@ BUGS = {
     "first half of the lanes": ("group_norm.cuh", "lane < plan.lanes; lane +=", "lane < plan.lanes / 2; lane +=", *GN),
     "x2 beside its start": ("group_norm.cuh", "c = place.channel - from,", "c = place.channel - from - !!from,", *GN),
     "slope of the sigmoid": ("group_norm.cuh", "fused(n, 1 - s, 1.0f)", "fused(n, s, 1.0f)", *GN),
-    "means exchanged": ("group_norm_backward.cu", "c.r * c.r * c2, c.r", "c.r * c.r * c1, c.r"),
+    "means exchanged": ("group_norm_slopes.cuh", "c.r * c.r * c2, c.r", "c.r * c.r * c1, c.r", GN[1]),
     "mean over pixels only": ("group_norm_backward.cu", "1 / ((float)call.pixels * size)", "1 / (float)call.pixels"),
-    "xhat about M": ("group_norm_backward.cu", "fused(c.r, s2, c.d * s1)", "c.r * s2"),
+    "xhat about M": ("group_norm_slopes.cuh", "fused(c.r, s2, c.d * s1)", "c.r * s2", GN[1]),
     "sums of a split": ("group_norm_backward.cu", "split < norm.plan.splits", "split < 1"),
 }  # fmt: skip
 
