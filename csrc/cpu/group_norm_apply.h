@@ -31,7 +31,7 @@ inline void prepare(const Walk& w, const Normed& in, const Place& place, double 
 struct Affine {
     F32 gain, centre, offset;
 
-    Affine(const Numbers& numbers, int64_t column)
+    FASTDIFF_INLINE Affine(const Numbers& numbers, int64_t column)
         : gain(numbers.of(GAIN, column)), centre(numbers.of(CENTRE, column)), offset(numbers.of(OFFSET, column)) {}
 };
 
@@ -42,16 +42,16 @@ inline void apply(const Walk& w, const Normed& in, const Place& place, const Slo
         const T* x = (const T*)(panel.second ? in.x2 : in.x) + panel.x;
         T* out = y + panel.joined;
         blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
+            constexpr int ROWS = decltype(block)::rows;
             block.fetch_next(x, panel.x_stride, panel.width);
             block.template fetch_next<true>(out, panel.joined_stride, panel.width);
             const Affine to(numbers, block.column);
-#pragma GCC unroll 4
-            for (int r = 0; r < block.rows; ++r) {
-                const int64_t row = block.row + r;
-                const F32 v = block.read(x + row * panel.x_stride + block.column);
-                const F32 n = multiply_add(to.gain, v - to.centre, to.offset);
-                block.write(out + row * panel.joined_stride + block.column, ACT ? silu(n) : n);
-            }
+            const T* from = x + block.row * panel.x_stride + block.column;
+            T* into = out + block.row * panel.joined_stride + block.column;
+            F32 n[ROWS];
+            FASTDIFF_ROWS n[r] = multiply_add(to.gain, block.read(from + r * panel.x_stride) - to.centre, to.offset);
+            if (ACT) silu(n);
+            FASTDIFF_ROWS block.write(into + r * panel.joined_stride, n[r]);
         });
     });
 }

@@ -57,20 +57,22 @@ inline void finish(const Walk& w, const GroupNormBackward& call, const Place& pl
 template <bool KEPT, bool ACT, typename T>
 FASTDIFF_INLINE inline void write_panel(const Panel& panel, const T* dy, const T* x, T* dx, const Numbers& numbers) {
     blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
+        constexpr int ROWS = decltype(block)::rows;
         block.fetch_next(x, panel.x_stride, panel.width);
         if (!KEPT) block.fetch_next(dy, panel.joined_stride, panel.width);
         block.template fetch_next<true>(dx, panel.x_stride, panel.width);
         const Affine to(numbers, block.column);
         const F32 slope = numbers.of(SLOPE, block.column), tilt = numbers.of(TILT, block.column);
         const F32 level = numbers.of(LEVEL, block.column);
-#pragma GCC unroll 4
-        for (int r = 0; r < block.rows; ++r) {
-            const int64_t row = block.row + r, there = row * panel.x_stride + block.column;
-            const F32 d = block.read(x + there) - to.centre;
-            const F32 dn = KEPT ? block.read(dx + there)
-                                : inner<ACT>(to, block.read(dy + row * panel.joined_stride + block.column), d);
-            block.write(dx + there, multiply_add(slope, dn, multiply_add(tilt, d, level)));
-        }
+        const int64_t own = block.row * panel.x_stride + block.column;
+        const T* given = KEPT ? dx + own : dy + block.row * panel.joined_stride + block.column;
+        const int64_t stride = KEPT ? panel.x_stride : panel.joined_stride;
+        F32 d[ROWS], dn[ROWS];
+        FASTDIFF_ROWS d[r] = block.read(x + own + r * panel.x_stride) - to.centre;
+        FASTDIFF_ROWS dn[r] = block.read(given + r * stride);
+        if (!KEPT) inner<ACT>(to, d, dn);
+        FASTDIFF_ROWS block.write(dx + own + r * panel.x_stride,
+                                  multiply_add(slope, dn[r], multiply_add(tilt, d[r], level)));
     });
 }
 

@@ -10,10 +10,14 @@ namespace {
 // sums over the pixels, with n the argument of the SiLU and dn its gradient
 enum { DN, DN_X, X, GRADIENT_SUMS };
 
-// dn from dy and x - M
-template <bool ACT>
-inline F32 inner(const Affine& to, F32 dy, F32 x) {
-    return ACT ? dy * silu_slope(multiply_add(to.gain, x, to.offset)) : dy;
+// dn, which begins as dy, from d = x - M
+template <bool ACT, int ROWS>
+FASTDIFF_INLINE inline void inner(const Affine& to, const F32 (&d)[ROWS], F32 (&dn)[ROWS]) {
+    if (!ACT) return;
+    F32 slope[ROWS];
+    FASTDIFF_ROWS slope[r] = multiply_add(to.gain, d[r], to.offset);
+    silu_slope(slope);
+    FASTDIFF_ROWS dn[r] = dn[r] * slope[r];
 }
 
 // what gradient_sums leaves in dx
@@ -24,21 +28,23 @@ template <int SUMS, Leaves LEAVES, bool ACT, typename T>
 FASTDIFF_INLINE inline void gradient_sums(const Panel& panel, const T* dy, const T* x, T* dx, const Numbers& numbers,
                                           const Sums& sums) {
     blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
+        constexpr int ROWS = decltype(block)::rows;
         block.fetch_next(x, panel.x_stride, panel.width);
         block.fetch_next(dy, panel.joined_stride, panel.width);
         if (LEAVES != NOTHING) block.template fetch_next<true>(dx, panel.x_stride, panel.width);
         const Affine to(numbers, block.column);
         const F32 slope = ACT ? to.gain * (1 / MINUS_LOG2_E) : to.gain;
-        F32 sum[SUMS] = {};
-#pragma GCC unroll 4
-        for (int r = 0; r < block.rows; ++r) {
-            const int64_t row = block.row + r, own = row * panel.x_stride + block.column;
-            const F32 d = block.within(block.read(x + own) - to.centre);
-            const F32 given = block.read(dy + row * panel.joined_stride + block.column);
-            const F32 dn = block.within(inner<ACT>(to, given, d));
-            sum[DN] += dn, sum[DN_X] = multiply_add(dn, d, sum[DN_X]);
-            if (SUMS > X) sum[SUMS - 1] += d;
-            if (LEAVES != NOTHING) block.write(dx + own, LEAVES == OUTER ? slope * dn : dn);
+        const int64_t own = block.row * panel.x_stride + block.column;
+        const T* given = dy + block.row * panel.joined_stride + block.column;
+        F32 sum[SUMS] = {}, d[ROWS], dn[ROWS];
+        FASTDIFF_ROWS d[r] = block.within(block.read(x + own + r * panel.x_stride) - to.centre);
+        FASTDIFF_ROWS dn[r] = block.read(given + r * panel.joined_stride);
+        inner<ACT>(to, d, dn);
+        FASTDIFF_ROWS dn[r] = block.within(dn[r]);
+        FASTDIFF_ROWS {
+            sum[DN] += dn[r], sum[DN_X] = multiply_add(dn[r], d[r], sum[DN_X]);
+            if (SUMS > X) sum[SUMS - 1] += d[r];
+            if (LEAVES != NOTHING) block.write(dx + own + r * panel.x_stride, LEAVES == OUTER ? slope * dn[r] : dn[r]);
         }
         for (int k = 0; k < SUMS; ++k) add_to(sums.of(k, block.column), sum[k]);
     });

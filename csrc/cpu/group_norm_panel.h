@@ -19,9 +19,6 @@ struct Panel {
     int rest;  // lanes of a row behind the others that is no whole vector
 };
 
-// the compiler would rather call what a loop does
-#define FASTDIFF_INLINE __attribute__((always_inline))
-
 // body(panel) for the panels of a cell; merged: channels that lie behind each other are one panel
 template <typename Body>
 FASTDIFF_INLINE inline void panels(const Walk& w, const Place& place, bool merged, const Body& body) {
@@ -53,13 +50,13 @@ struct Block {
     int lanes;
 
     template <typename T>
-    F32 read(const T* p) const {
+    FASTDIFF_INLINE F32 read(const T* p) const {
         return WHOLE ? load(p) : load(p, lanes);
     }
     // Asks for the rows behind these. The columns of a whole row ask in the order of addresses, which is faster than
     // what the hardware makes of so many rows side by side; it needs no help where rows are vectors.
     template <bool WRITTEN = false, typename T>
-    void fetch_next(const T* x, int64_t stride, int64_t width) const {
+    FASTDIFF_INLINE void fetch_next(const T* x, int64_t stride, int64_t width) const {
         if (stride == LANES) return;
         const bool dense = stride == width;
         const T* next = x + (row + ROWS) * stride + (dense ? ROWS * column : column);
@@ -69,7 +66,7 @@ struct Block {
     // zero in the lanes that are not there
     F32 within(F32 v) const { return WHOLE ? v : first_of(v, lanes); }
     template <typename T>
-    void write(T* p, F32 v) const {
+    FASTDIFF_INLINE void write(T* p, F32 v) const {
         if (WHOLE)
             store(p, v);
         else
@@ -156,7 +153,7 @@ struct Numbers {
     Numbers(const Walk& w, const Slot& slot, const Panel& panel)
         : first(slot.numbers + panel.column), apart(w.padded), last(w.last) {}
 
-    F32 of(int number, int64_t column) const {
+    FASTDIFF_INLINE F32 of(int number, int64_t column) const {
         const float* p = first + number * apart;
         return last ? load(p + column) : splat(*p);
     }

@@ -9,6 +9,9 @@ namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
+// the compiler would rather call what a loop does
+#define FASTDIFF_INLINE __attribute__((always_inline))
+
 typedef uint16_t U16 __attribute__((vector_size(FASTDIFF_BYTES / 2)));
 
 // a difference, for v + 0 would lose the sign of a zero
@@ -163,6 +166,10 @@ inline void store(T* p, F32 v, int count) {
 // -log2 e: what the next functions take is t = MINUS_LOG2_E y, so that e^-y = 2^t
 constexpr float MINUS_LOG2_E = -0x1.715476p+0f;
 
+// The next functions take a few rows, each step for all of them before the next one: as many chains of instructions
+// side by side, which the compiler would put one behind the other.
+#define FASTDIFF_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; ++r)
+
 // MINUS_LOG2_E (1 + 2^t), infinite where 2^t overflows; where t is NaN t over it is NaN. 2^f is minimax, with its
 // factor MINUS_LOG2_E in the coefficients: a division by the sum then takes that off t as well.
 // t itself overflows for |y| > 2.3e38: such a positive y gives inf.
@@ -177,41 +184,61 @@ alignas(64) constexpr uint32_t POWERS[32] = {
 };
 
 // t = k / 32 + f: a table has 2^(k / 32) and keeps the multipliers free; |f| <= 1/64 leaves 5.3e-8
-inline F32 one_and_power(F32 t) {
+template <int ROWS>
+FASTDIFF_INLINE inline void one_and_power(const F32 (&t)[ROWS], F32 (&sum)[ROWS]) {
+    const __m512i low = _mm512_load_si512(POWERS), high = _mm512_load_si512(POWERS + 16);
+    F32 f[ROWS], shifted[ROWS], p[ROWS];
+    U32 power[ROWS];
     // nearer to zero, with the sign of t: 127 makes the power infinite, -127 all but zero
-    const F32 bounded = (F32)_mm512_range_ps((__m512)t, _mm512_set1_ps(127), 2);
-    const F32 shifted = bounded + 0x1.8p+18f, f = bounded - (shifted - 0x1.8p+18f);
-    const __m512i low = _mm512_load_si512(POWERS), high = _mm512_load_si512(POWERS + 16), k = (__m512i)shifted;
-    const U32 power = (U32)_mm512_permutex2var_epi32(low, k, high) + ((U32)k << 18);
-    F32 p = multiply_add(splat(-0x1.62e386p-3f), f, splat(-0x1.0000f6p-1f));
-    p = multiply_add(p, f, splat(MINUS_LOG2_E / 2));
-    return multiply_add((F32)power, p, splat(MINUS_LOG2_E));
+    FASTDIFF_ROWS f[r] = (F32)_mm512_range_ps((__m512)t[r], _mm512_set1_ps(127), 2);
+    FASTDIFF_ROWS shifted[r] = f[r] + 0x1.8p+18f;
+    FASTDIFF_ROWS p[r] = shifted[r] - 0x1.8p+18f;
+    FASTDIFF_ROWS f[r] = f[r] - p[r];
+    FASTDIFF_ROWS p[r] = multiply_add(splat(-0x1.62e386p-3f), f[r], splat(-0x1.0000f6p-1f));
+    FASTDIFF_ROWS power[r] = (U32)_mm512_permutex2var_epi32(low, (__m512i)shifted[r], high);
+    FASTDIFF_ROWS power[r] += (U32)shifted[r] << 18;
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(MINUS_LOG2_E / 2));
+    FASTDIFF_ROWS sum[r] = multiply_add((F32)power[r], p[r], splat(MINUS_LOG2_E));
 }
 
 #else
 
 // |f| <= 1/2 leaves 9e-8
-inline F32 one_and_power(F32 t) {
+template <int ROWS>
+FASTDIFF_INLINE inline void one_and_power(const F32 (&t)[ROWS], F32 (&sum)[ROWS]) {
+    F32 f[ROWS], shifted[ROWS], p[ROWS];
     // a comparison with NaN is false, so NaN passes
-    F32 bounded = t > 128.0f ? splat(128.0f) : t;
-    bounded = bounded < -127.0f ? splat(-127.0f) : bounded;
-    const F32 shifted = bounded + 0x1.8p+23f, f = bounded - (shifted - 0x1.8p+23f);
-    F32 p = multiply_add(splat(-0x1.f5a9fp-10f), f, splat(-0x1.c9369ep-7f));
-    p = multiply_add(p, f, splat(-0x1.480222p-4f));
-    p = multiply_add(p, f, splat(-0x1.62e2a4p-2f));
-    p = multiply_add(p, f, splat(-0x1.fffff6p-1f));
-    p = multiply_add(p, f, splat(MINUS_LOG2_E));
-    return p * (F32)(((U32)shifted + 127) << 23) + MINUS_LOG2_E;
+    FASTDIFF_ROWS f[r] = t[r] > 128.0f ? splat(128.0f) : t[r];
+    FASTDIFF_ROWS f[r] = f[r] < -127.0f ? splat(-127.0f) : f[r];
+    FASTDIFF_ROWS shifted[r] = f[r] + 0x1.8p+23f;
+    FASTDIFF_ROWS f[r] = f[r] - (shifted[r] - 0x1.8p+23f);
+    FASTDIFF_ROWS p[r] = multiply_add(splat(-0x1.f5a9fp-10f), f[r], splat(-0x1.c9369ep-7f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.480222p-4f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.62e2a4p-2f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.fffff6p-1f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(MINUS_LOG2_E));
+    FASTDIFF_ROWS sum[r] = p[r] * (F32)(((U32)shifted[r] + 127) << 23) + MINUS_LOG2_E;
 }
 
 #endif
 
-inline F32 silu(F32 t) { return t / one_and_power(t); }
+// t becomes silu
+template <int ROWS>
+FASTDIFF_INLINE inline void silu(F32 (&t)[ROWS]) {
+    F32 sum[ROWS];
+    one_and_power(t, sum);
+    FASTDIFF_ROWS t[r] = t[r] / sum[r];
+}
 
-// the derivative of silu, s (1 + y (1 - s)) with s = 1 / (1 + e^-y)
-inline F32 silu_slope(F32 t) {
-    const F32 s = MINUS_LOG2_E / one_and_power(t), ln2 = splat(0x1.62e43p-1f);
-    return s * multiply_add(t, multiply_add(s, ln2, -ln2), splat(1.0f));
+// t becomes the derivative of silu, s (1 + y (1 - s)) with s = 1 / (1 + e^-y)
+template <int ROWS>
+FASTDIFF_INLINE inline void silu_slope(F32 (&t)[ROWS]) {
+    const F32 ln2 = splat(0x1.62e43p-1f);
+    F32 s[ROWS];
+    one_and_power(t, s);
+    FASTDIFF_ROWS s[r] = MINUS_LOG2_E / s[r];
+    // s - 1 is exact where it is small
+    FASTDIFF_ROWS t[r] = s[r] * multiply_add(t[r] * ln2, s[r] - 1.0f, splat(1.0f));
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ CPP = [
     Mutant("last of a tail not written", "csrc/cpu/group_norm_vector.h",
            "l < count; ++l) p[l] = room[l]", "l < count - 1; ++l) p[l] = room[l]", INJECT, "inject"),
     Mutant("sigmoid for the slope of the SiLU", "csrc/cpu/group_norm_vector.h",
-           "return s * multiply_add(t,", "return s + 0 * multiply_add(t,", BACK, "group_norm_backward"),
+           "t[r] = s[r] * multiply_add(", "t[r] = s[r] + 0 * multiply_add(", BACK, "group_norm_backward"),
     Mutant("mean of dn left out", "csrc/cpu/group_norm_backward.cpp",
            "-stats.rstd * (mean_dn + off", "-stats.rstd * (0 * mean_dn + off", BACK),
     Mutant("mean of dn xhat left out", "csrc/cpu/group_norm_backward.cpp",
@@ -146,7 +146,7 @@ CPP = [
     Mutant("dx2 into dx", "csrc/cpu/group_norm_backward.cpp",
            "panel.second ? call.dx2 : call.dx", "panel.second ? call.dx : call.dx", BACK),
     Mutant("dn of one row in four lost", "csrc/cpu/group_norm_gradient.h",
-           "sum[DN] += dn,", "sum[DN] += r == 3 ? 0 * dn : dn,", BACK, "group_norm_backward"),
+           "sum[DN] += dn[r],", "sum[DN] += r == 3 ? 0 * dn[r] : dn[r],", BACK, "group_norm_backward"),
     Mutant("injected gradient without its gain", "csrc/cpu/group_norm_gradient.h",
            "LEAVES == OUTER ? slope * dn", "LEAVES == OUTER ? dn", INJECT_BACK, "inject"),
 ]  # fmt: skip
