@@ -223,7 +223,7 @@ SLOW = {
     "features exchanged for flip",
     "zero of an odd dim in front",
     "time of the image before",
-    "add left out of the mean",
+    "channels with an add as one",
     "eps left out",
     "first piece of a gradient's sum only",
     "scale without its 1",
