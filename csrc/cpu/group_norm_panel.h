@@ -1,8 +1,8 @@
 // What lies within a cell of group_norm_walk.h: panels, and in them blocks.
 //
 // A panel is the part of a cell that lies in one tensor, as rows of vectors; a block is a few rows of one column of
-// vectors. Where the channels are last rows are pixels and columns channels; else a panel is one channel, a row as many
-// pixels as a vector has lanes, and there is one column.
+// vectors. Where the channels are last rows are pixels and columns channels; else a panel is one channel (merged: all
+// that lie behind each other), a row as many pixels as a vector has lanes, and there is one column.
 #pragma once
 
 #include "group_norm_walk.h"
@@ -19,7 +19,7 @@ struct Panel {
     int rest;  // lanes of a row behind the others that is no whole vector
 };
 
-// body(panel) for the panels of a cell; merged: channels that lie behind each other are one panel
+// body(panel) for the panels of a cell
 template <typename Body>
 FASTDIFF_INLINE inline void panels(const Walk& w, const Place& place, bool merged, const Body& body) {
     const int64_t p = place.piece * w.step, count = smaller(w.step, w.pixels - p), n = place.image;
