@@ -66,10 +66,14 @@ def ops() -> list[str]:
 
 def reason(op: str, name: str, *args: Any, **given: Any) -> str | None:
     """Why backend `name` will not run `op` (with these arguments, when given); None when it will."""
+    why_not = _missing(op, name)
+    return why_not or ((_transformed(name) or _table[op][name].refuses(*args, **given)) if args else None)
+
+
+def _missing(op: str, name: str) -> str | None:
     if name not in _table[op]:
         return f"{op} has no {name} kernel yet"
-    entry = _table[op][name]
-    return entry.missing() or ((_transformed(name) or entry.refuses(*args, **given)) if args else None)
+    return _table[op][name].missing()
 
 
 def _transformed(name: str) -> str | None:
@@ -122,6 +126,12 @@ def chosen(op: str, *args: Any, **given: Any) -> str:
 def _automatic(op: str, name: str) -> bool:
     return name in _table[op] and _table[op][name].by_name is None
 
+
+# Looking for a kernel the first time imports it and changes the table. torch.compile keeps what it saw of a table when
+# it first looked, so these two are run by it, not traced: the mark of torch.compiler.assume_constant_result, whose own
+# import of the compiler takes a second.
+for _constant in (_missing, _automatic):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def run(op: str, name: str) -> Callable[..., Any]:
     """The function of backend `name`."""

@@ -93,10 +93,6 @@ def _load(backend: str) -> str | None:
     return _reasons[backend]
 
 
-# the mark of torch.compiler.assume_constant_result, whose own import of the compiler takes a second: dynamo runs it
-_load._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _refusing(op: str, own: Callable[..., str | None]) -> Callable[..., str | None]:
     """A backend's own refusals behind those of the op."""
     every = _described[op].refuses

@@ -14,6 +14,7 @@ from fastdiff.ops import dispatch, group_norm_silu, inject, normal, philox, q_sa
 from tests.ops import describe, sweep
 from tests.ops.cases import Case, copied, inputs, run
 from tests.ops.describe_all import DESCRIPTIONS, cells_of
+from tests.process import python
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -193,6 +194,26 @@ def test_compile(name, dynamic):
     # a call with dynamic sizes may be traced twice; the second one finds it done
     assert frames[0] == frames[1] <= 1 + dynamic
     assert ops_in(counter) == {f"fastdiff.{op}_{BACKEND}.default"} or ops_in(counter) == {f"fastdiff.{op}_{BACKEND}"}
+
+
+FIRST = """
+import torch
+from fastdiff.ops import group_norm_silu, time_embed
+
+def f(x, t):
+    return group_norm_silu(x, 2, None, None) + time_embed(t, 4)[:, :, None]
+
+x, t = torch.randn(3, 4, 5, 1), torch.arange(3)
+with torch.no_grad():
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(x[..., 0], t)
+    assert torch.equal(compiled, f(x[..., 0], t))
+"""
+
+
+def test_compiling_is_the_first_thing_that_a_process_does():
+    """Kernels are then imported, and their table of functions changed, while dynamo traces."""
+    done = python("-c", FIRST)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @needs_kernels
