@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from fastdiff.nn.patch import Patched as Patched, patch as patch
     from fastdiff.nn.unet import UNet as UNet
     from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable, backend as backend, why as why
+    from fastdiff.sampling.compiled import compiled as compiled
     from fastdiff.sampling.denoiser import Denoiser as Denoiser
     from fastdiff.sampling.forward import q_sample as q_sample
+    from fastdiff.sampling.graph import CaptureError as CaptureError, auto as auto, graph as graph
     from fastdiff.sampling.guidance import cfg as cfg
-    from fastdiff.sampling.run import auto as auto, eager as eager
-    from fastdiff.sampling.sample import Sampler as Sampler, sample as sample
+    from fastdiff.sampling.run import eager as eager
+    from fastdiff.sampling.sample import sample as sample
+    from fastdiff.sampling.sampler import Sampler as Sampler
     from fastdiff.tables.plan import plan as plan
     from fastdiff.tables.schedule import (
         Schedule as Schedule,
@@ -62,11 +65,14 @@ _HOMES = {
     "fastdiff.nn.patch": ("Patched", "patch"),
     "fastdiff.nn.unet": ("UNet",),
     "fastdiff.ops.dispatch": ("BackendUnavailable", "backend", "why"),
+    "fastdiff.sampling.compiled": ("compiled",),
     "fastdiff.sampling.denoiser": ("Denoiser",),
     "fastdiff.sampling.forward": ("q_sample",),
+    "fastdiff.sampling.graph": ("CaptureError", "auto", "graph"),
     "fastdiff.sampling.guidance": ("cfg",),
-    "fastdiff.sampling.run": ("auto", "eager"),
-    "fastdiff.sampling.sample": ("Sampler", "sample"),
+    "fastdiff.sampling.run": ("eager",),
+    "fastdiff.sampling.sample": ("sample",),
+    "fastdiff.sampling.sampler": ("Sampler",),
     "fastdiff.tables.plan": ("plan",),
     "fastdiff.tables.schedule": (
         *("Schedule", "cosine", "edm", "flow", "from_betas", "linear", "scaled_linear"),

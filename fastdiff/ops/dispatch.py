@@ -131,7 +131,8 @@ def _automatic(op: str, name: str) -> bool:
 # it first looked, so these two are run by it, not traced: the mark of torch.compiler.assume_constant_result, whose own
 # import of the compiler takes a second.
 for _constant in (_missing, _automatic):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_constant, "_dynamo_marked_constant", True)  # noqa: B010
+
 
 def run(op: str, name: str) -> Callable[..., Any]:
     """The function of backend `name`."""

@@ -92,6 +92,13 @@ class Denoiser:
         like = self._like()
         return None if like is None else like.dtype
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the network's convolutions hold their weights in channels_last, and so want their input."""
+        parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
+        weight = next((p for p in parameters if p.ndim == 4), None)
+        return weight is not None and weight.stride(1) == 1 != weight.stride(3)
+
     def null(self, cond: Cond, given: Cond = None) -> Cond:
         """The condition that means "none", shaped like cond: `given`, else the Denoiser's, else the network's own."""
         for null in (given, self.own_null, getattr(self.net, "null", None)):

@@ -1,50 +1,124 @@
-"""How the rows of a plan are run. `eager` repeats the one step from Python; it knows the rows on the host."""
+"""How the rows of a plan are run.
+
+A run makes, for a set of buffers, the steps that work on them; `loop` knows the rows on the host and asks for them.
+`eager` repeats the one step from Python, `compiled` is one torch.compile of it, `graph` replays a CUDA graph of it;
+`auto` is graph on CUDA devices and eager elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastdiff import row
-from fastdiff.ops.step import x0_ref
-from fastdiff.sampling.state import Program, State, enter, one_step
+from fastdiff.sampling.state import Kind, Program, State, enter, one_step
 
 Each = Callable[[int, Tensor, Tensor], Tensor | None]
 """each(i, x, x0) after grid step i, with copies; what it returns, if anything, replaces x."""
 
 
-Runner = Callable[..., None]
-"""A function with the arguments of `eager`: leaves the result in s.x and the first bad rows in s.bad."""
+class Steps(Protocol):
+    """One step on one set of buffers, made ready to be repeated."""
+
+    def begin(self) -> None:
+        """A loop starts: what has changed since the last one must be noticed here."""
+
+    def run(self, kind: Kind, count: int, noise: Tensor | None = None) -> None:
+        """The next `count` rows, all of one kind; noise: z of this one row instead of Philox."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the steps hold beside the buffers."""
+
+    def close(self) -> None:
+        """Give it back."""
 
 
-def eager(
-    program: Program,
+class Run(NamedTuple):
+    """A way to run rows: `fd.eager`, `fd.compiled`, `fd.graph`, `fd.auto`; called with options, the same way with them.
+
+    `fd.Sampler(den, shape, run=fd.graph)`, `run=fd.graph(unroll=4)`.
+    """
+
+    name: str
+    make: Callable[..., Steps]
+    """make(program, state, **options)."""
+    static: Callable[[torch.device], bool] = lambda _: False
+    """Whether a new shape costs a compilation or a capture there, so that batches are padded to a few sizes."""
+    options: Mapping[str, Any] = {}
+
+    def __call__(self, **options: Any) -> Run:
+        """The same run with options."""
+        return self._replace(options={**self.options, **options})
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+        return f"fd.{self.name}" + (f"({given})" if given else "")
+
+    def steps(self, program: Program, s: State) -> Steps:
+        """Steps on these buffers. Raises TypeError for an option that the run does not have."""
+        return self.make(program, s, **self.options)
+
+
+class Eager:
+    """The step called from Python, with nothing kept."""
+
+    def __init__(self, program: Program, s: State) -> None:
+        self.program, self.s = program, s
+
+    def begin(self) -> None:
+        """Nothing to notice."""
+
+    def run(self, kind: Kind, count: int, noise: Tensor | None = None) -> None:
+        """`count` steps."""
+        for _ in range(count):
+            one_step(self.program, self.s, kind, noise)
+
+    memory = 0
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def loop(
+    steps: Steps,
     s: State,
     rows: np.ndarray[Any, Any],
     *,
+    images: int | None = None,
     each: Each | None = None,
     noise: Iterator[Tensor] | None = None,
     tick: Callable[[], object] | None = None,
 ) -> None:
-    """Row by row from Python, reading nothing back from the device.
+    """Run all rows, reading nothing back from the device: the result is left in s.x, the first bad rows in s.bad.
 
     rows: the plan's float64 numbers on the host, (K + 1, columns); s holds them cast, on the device. Rows with W = 1
-    call the network on the conditional half only. noise: an iterator of z, one for each row that draws.
+    call the network on the conditional half only. images: how many of the state's are somebody's, the rest being
+    padding; None is all. noise: an iterator of z, one for each row that draws. Rows of one kind are asked for together
+    where nobody looks in between.
     """
-    n, done = len(s.x), 0
-    for k, r in enumerate(rows[:-1]):
-        z = _next(noise, k).to(s.x) if noise is not None and r[row.S] != 0 else None
-        batch = n if r[row.W] == 1 else len(s.x_in)
-        if each is None or r[row.END] != 1:
-            one_step(program, s, batch, z)
-        else:
-            _watched_step(program, s, batch, z, rows[k : k + 2], each, done)
-            done += 1
-        if tick is not None:
-            tick()
+    kinds = [Kind(len(s.x) if r[row.W] == 1 else len(s.x_in), each is not None and r[row.END] == 1) for r in rows[:-1]]
+    alone = noise is not None or tick is not None
+    done = 0
+    steps.begin()
+    for kind, group in groupby(enumerate(kinds), key=lambda item: item[1]):
+        numbers = [k for k, _ in group]
+        if not alone and not kind.watched:
+            steps.run(kind, len(numbers))
+            continue
+        for k in numbers:
+            draws = noise is not None and rows[k, row.S] != 0
+            steps.run(kind, 1, _next(noise, k).to(s.x) if noise is not None and draws else None)
+            if each is not None and kind.watched:
+                _show(s, each, done, len(s.x) if images is None else images, float(rows[k + 1, row.C_IN]))
+                done += 1
+            if tick is not None:
+                tick()
 
 
 def _next(noise: Iterator[Tensor], k: int) -> Tensor:
@@ -54,22 +128,18 @@ def _next(noise: Iterator[Tensor], k: int) -> Tensor:
     return z
 
 
-def _watched_step(
-    program: Program, s: State, batch: int, z: Tensor | None, rows: np.ndarray[Any, Any], each: Each, done: int
-) -> None:
-    """The step, then the caller's look at it; what the caller returns replaces x."""
-    r, after = rows
-    x0: list[Tensor] = []
-    line = s.rows.index_select(0, s.k)[0]
-    one_step(program, s, batch, z, lambda F: x0.append(x0_ref(s.x, F, line).clamp(-r[row.CLIP], r[row.CLIP])))
-    replaced = each(done, s.x.clone(), x0[0])
+def _show(s: State, each: Each, i: int, images: int, c_in: float) -> None:
+    """The caller's look at a step; what the caller returns replaces x."""
+    assert s.x0 is not None
+    x = s.x[:images]
+    replaced = each(i, x.clone(), s.x0[:images].clone())
     if replaced is None:
         return
-    if replaced.shape != s.x.shape:
-        raise ValueError(f"each returned {tuple(replaced.shape)} for a state {tuple(s.x.shape)}; return x or None")
-    s.x.copy_(replaced)
-    enter(s, after[row.C_IN])
+    if replaced.shape != x.shape:
+        raise ValueError(f"each returned {tuple(replaced.shape)} for a state {tuple(x.shape)}; return x or None")
+    x.copy_(replaced)
+    enter(s, c_in)
 
 
-auto = eager
-"""The run that `fd.sample` uses unless told otherwise."""
+eager = Run("eager", Eager)
+"""The one step from Python: any network, any device, noise of your own."""

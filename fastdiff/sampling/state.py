@@ -1,6 +1,9 @@
-"""What a sampler owns, and the one step that every solver repeats.
+"""The buffers of a run, and the one step that every solver repeats on them.
 
 F = net(x_in, t, cond);   step_(x, x_in, h, F, rows, k, index, seed);   k += 1
+
+Everything that changes from row to row, and from call to call, is read from these buffers: so one compiled or captured
+step serves every solver, step count, weight, seed and condition.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastdiff import row
 from fastdiff.ops import normal, philox
-from fastdiff.ops.step import check
+from fastdiff.ops.step import check, x0_ref
 from fastdiff.sampling.guidance import Cond, map_cond
 
 
@@ -21,8 +25,10 @@ class State(NamedTuple):
     x: Tensor  # (N, C, *spatial)
     x_in: Tensor  # (M, C, *spatial), the network's dtype: [conditional, unconditional]
     h: Tensor  # (3, N, C, *spatial), history
+    x0: Tensor | None  # (N, C, *spatial), of the last watched row
     rows: Tensor  # (capacity, columns)
     times: Tensor  # (capacity,), column T in the dtype that the network is told
+    table: Tensor | None  # (capacity, 1 or M, width), lines of net.time_table where the network has one
     k: Tensor  # (1,) int64, the next row
     seed: Tensor  # (1,) int64
     number: Tensor  # (N,) int64, the images' numbers: `index` of the ops
@@ -38,26 +44,34 @@ class Program(NamedTuple):
     variance: str | None
 
 
-def network(program: Program, s: State, batch: int) -> Tensor:
-    """F of row k: `batch` images of x_in, N where the row needs no unconditional half, else all M."""
-    cond = s.cond if batch == len(s.x_in) else map_cond(lambda c: c[:batch], s.cond)
-    return program.net(s.x_in[:batch], s.times.index_select(0, s.k).expand(batch), cond)
+class Kind(NamedTuple):
+    """What the host must know of a row, and a compiled or captured step is made for."""
+
+    images: int
+    """In the network's input: N where the row needs no unconditional half, else M."""
+    watched: bool = False
+    """Whether the caller wants to see x0."""
 
 
-def one_step(
-    program: Program,
-    s: State,
-    batch: int,
-    noise: Tensor | None = None,
-    seen: Callable[[Tensor], object] | None = None,
-) -> None:
+def network(program: Program, s: State, images: int) -> Tensor:
+    """F of row k for the first `images` of x_in."""
+    cond = s.cond if images == len(s.x_in) else map_cond(lambda c: c[:images], s.cond)
+    x_in = s.x_in[:images]
+    if s.table is not None:
+        return program.net(x_in, None, cond, table_row=s.table.index_select(0, s.k)[0, :images])
+    return program.net(x_in, s.times.index_select(0, s.k).expand(images), cond)
+
+
+def one_step(program: Program, s: State, kind: Kind, noise: Tensor | None = None) -> None:
     """One network call and one row: all that a run repeats, with no host decision in it.
 
-    noise: z of the row instead of Philox; seen(F) is called before the state changes.
+    noise: z of the row instead of Philox. A watched row leaves its clipped x0 in s.x0.
     """
-    F = network(program, s, batch)
-    if seen is not None:
-        seen(F)
+    F = network(program, s, kind.images)
+    if kind.watched:
+        assert s.x0 is not None
+        r = s.rows.index_select(0, s.k)[0]
+        s.x0.copy_(x0_ref(s.x, F, r).clamp(-r[row.CLIP], r[row.CLIP]))
     args = (s.x, s.x_in, s.h, F, s.rows, s.k, s.number, s.seed)
     check(*args, variance=program.variance, noise=noise, bad=s.bad)
     program.step_(*args, variance=program.variance, noise=noise, bad=s.bad)

@@ -12,7 +12,7 @@ from torch import nn
 from fastdiff.formats.diffusers import WEIGHTS, convert_unet2d, read_unet2d, schedule_of
 from fastdiff.formats.load import load
 from fastdiff.sampling.denoiser import Denoiser
-from fastdiff.sampling.sample import Sampler
+from fastdiff.sampling.sampler import Sampler
 
 diffusers = pytest.importorskip("diffusers")
 

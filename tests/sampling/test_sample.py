@@ -342,7 +342,16 @@ def test_modules_keep_their_own_mode(den):
 
 def test_where_a_plain_function_computes():
     den = fd.Denoiser(lambda x, t, c: x, fd.cosine(), "v", device="meta")
-    assert fd.Sampler(den, (2, 1, 4, 4))._x.device.type == "meta"
+    assert den.device.type == "meta"
+    seen = []
+
+    def net(x, t, cond):
+        seen.append((x.device.type, t.device.type))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fd.sample(fd.Denoiser(net, fd.cosine(), "v", device="meta"), (2, 1, 4, 4))
+    assert seen == [("meta", "meta")]
 
 
 def test_more_mistakes(den):

@@ -1,0 +1,69 @@
+"""One torch.compile of the one step, for every solver, step count, weight, seed and condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops import step_
+from fastdiff.sampling.run import Run
+from fastdiff.sampling.state import Kind, Program, State, one_step
+
+OPTIONS = ("mode", "options", "backend")
+
+Step = Callable[[Program, State, Kind], None]
+# by network, so that every Sampler of a network finds what an earlier one compiled
+_compiled: WeakKeyDictionary[Any, dict[Any, Step]] = WeakKeyDictionary()
+
+
+def _made(program: Program, s: State, kind: Kind, options: dict[str, Any]) -> Step:
+    """The compiled step of a network for one shape and kind of row."""
+    steps = _compiled.setdefault(program.net, {})
+    key = (s.x.shape, s.x_in.shape, kind, repr(options))
+    if key not in steps:
+
+        def step(program: Program, s: State, kind: Kind) -> None:
+            one_step(program, s, kind)
+
+        # a code object of its own: dynamo allows one only so many compilations, and counts those of other shapes
+        step.__code__ = step.__code__.replace()
+        steps[key] = torch.compile(step, fullgraph=True, dynamic=False, **options)
+    return steps[key]
+
+
+class Compiled:
+    """`torch.compile(fullgraph=True)` of the step, once for rows with guidance and once for those without.
+
+    options: mode, options and backend of torch.compile. The step is compiled when a row first needs it.
+    """
+
+    def __init__(self, program: Program, s: State, **options: Any) -> None:
+        unknown = [name for name in options if name not in OPTIONS]
+        if unknown:
+            raise TypeError(f"fd.compiled: unknown option {unknown[0]!r}; accepted: {', '.join(OPTIONS)}")
+        # the public op: the compiler must see a registered one, where `program` holds a kernel's own function
+        self.program, self.s, self.options = program._replace(step_=step_), s, options
+
+    def begin(self) -> None:
+        """Nothing to do: the compiler's guards notice what has changed in the network."""
+
+    def run(self, kind: Kind, count: int, noise: Tensor | None = None) -> None:
+        """`count` steps. Raises ValueError for noise of the caller's own."""
+        if noise is not None:
+            raise ValueError("noise: a compiled step draws its own, by seed and index; pass run=fd.eager")
+        step = _made(self.program, self.s, kind, self.options)
+        for _ in range(count):
+            step(self.program, self.s, kind)
+
+    memory = 0
+
+    def close(self) -> None:
+        """Nothing to give back: what is compiled goes with the network."""
+
+
+compiled = Run("compiled", Compiled, static=lambda _: True)
+"""One compiled step: the first call takes as long as torch.compile takes, none after it."""
