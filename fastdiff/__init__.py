@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         ddim as ddim,
         ddpm as ddpm,
         dpmpp_2m as dpmpp_2m,
+        dpmpp_3m_sde as dpmpp_3m_sde,
         euler as euler,
         heun as heun,
     )
@@ -78,7 +79,7 @@ _HOMES = {
         *("Schedule", "cosine", "edm", "flow", "from_betas", "linear", "scaled_linear"),
         *("schedule", "sigmoid", "sub_vp", "ve", "vp"),
     ),
-    "fastdiff.tables.solvers": ("SOLVERS", "Table", "ddim", "ddpm", "dpmpp_2m", "euler", "heun"),
+    "fastdiff.tables.solvers": ("SOLVERS", "Table", "ddim", "ddpm", "dpmpp_2m", "dpmpp_3m_sde", "euler", "heun"),
     "fastdiff.training.fit": ("fit",),
     "fastdiff.training.losses": ("loss",),
 }

@@ -173,7 +173,7 @@ def test_folder_and_npz_hold_the_same_images(model: Path) -> None:
         assert (read_meta(path)["index"], read_meta(path)["label"]) == (i, labels[i])
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmpp_2m", "dpmpp_3m_sde"])
 def test_any_batch_gives_the_same_images(model: Path, solver: str) -> None:
     for batch in ("1", "3", "64"):
         assert sample(model, "--n", "7", "--solver", solver, "--batch", batch, "--out", f"{batch}.npz") == 0
@@ -226,7 +226,7 @@ def test_the_default_is_ten_columns_of_digits(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--solver", "dimm"], ["--solver 'dimm'", "ddim", "ddpm", "euler", "heun", "dpmpp_2m"]),
+        (["--solver", "dimm"], ["--solver 'dimm'", "ddim", "ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_3m_sde"]),
         (["--class", "12"], ["--class '12'", "0 to 9", "class 3"]),
         (["--class", "3,horse"], ["--class 'horse'", "0 to 9"]),
         (["--class", "3,,4"], ["--class ''"]),

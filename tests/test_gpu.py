@@ -50,7 +50,7 @@ def test_step(name):
     assert torch.equal(got["bad"].cpu(), wanted["bad"])
 
 
-@pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m_sde"])
 def test_the_shipped_model_draws_the_same_images(solver):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     here, there = fd.load("digits"), fd.load("digits")

@@ -34,12 +34,16 @@ class Options:
     class_: str | None = opt(
         None, "classes by name or number, cycled over the images: 3,7", "LIST", name="class", auto="all in turn"
     )
-    solver: str | None = opt(None, "ddim, ddpm, euler, heun, dpmpp_2m", "NAME", auto="the model's, else ddim")
+    solver: str | None = opt(
+        None, "ddim, ddpm, euler, heun, dpmpp_2m, dpmpp_3m_sde", "NAME", auto="the model's, else ddim"
+    )
     steps: int | None = opt(None, "grid intervals", "INT", auto="the model's, else 50")
     spacing: str | None = opt(
         None, "of the grid: trailing, leading, linspace, quad, karras, ...", "NAME", auto="the model's"
     )
-    eta: float | None = opt(None, "noise of ddim: 0 none, 1 as much as ddpm", "FLOAT", auto="the solver's")
+    eta: float | None = opt(
+        None, "noise of ddim and dpmpp_3m_sde: 0 none, 1 as much as ddpm", "FLOAT", auto="the solver's"
+    )
     guidance: float | None = opt(
         None, "w of F_u + w (F_c - F_u); 1 is none", "FLOAT", auto=f"{GUIDANCE} for a model with classes"
     )

@@ -49,6 +49,7 @@ def _table(
     b0: npt.ArrayLike,
     be: npt.ArrayLike = 0.0,
     b1: npt.ArrayLike = 0.0,
+    b2: npt.ArrayLike = 0.0,
     s: npt.ArrayLike = 0.0,
     p: npt.ArrayLike = 0.0,
     q: npt.ArrayLike = 0.0,
@@ -58,7 +59,7 @@ def _table(
     def columns(*parts: npt.ArrayLike) -> Array:
         return np.stack([np.broadcast_to(np.asarray(part, np.float64), u.shape) for part in parts], axis=1)
 
-    return Table(u, columns(a, b0, be, b1, 0.0, 0.0, s), columns(p, q), columns(end)[:, 0], eta)
+    return Table(u, columns(a, b0, be, b1, b2, 0.0, s), columns(p, q), columns(end)[:, 0], eta)
 
 
 def _steps(levels: Levels, solver: str, *, noise: bool = False) -> tuple[Array, Array]:
@@ -223,11 +224,48 @@ def dpmpp_2m(levels: Levels) -> Table:
     DPM-Solver++(2M), Lu 2022, algorithm 2; first order on the first step, and x' = x0 on the step to clean data.
     """
     u, v = _steps(levels, "dpmpp_2m")
-    h = np.log(u / np.where(v > 0, v, u))
-    before = np.append(np.zeros(min(len(u), 1)), h[:-1])
+    h, before, _ = _log_steps(u, v)
     w = np.divide(h, 2 * before, out=np.zeros_like(h), where=(before != 0) & (v > 0))
     c = (u - v) / u
     return _table(u, a=v / u, b0=c * (1 + w), b1=-c * w, q=1.0)
 
 
-SOLVERS: dict[str, Solver] = {f.__name__: f for f in (ddim, ddpm, euler, heun, dpmpp_2m)}
+def _log_steps(u: Array, v: Array) -> tuple[Array, Array, Array]:
+    """h = log(u/v), 0 on the step to clean data, and the h of one and two steps before, 0 where there is none."""
+    h = np.log(u / np.where(v > 0, v, u))
+    return h, np.append(0.0, h)[: len(h)], np.append([0.0, 0.0], h)[: len(h)]
+
+
+def dpmpp_3m_sde(levels: Levels, eta: float = 1.0, corrected: bool = False) -> Table:
+    """y' = (v/u)^(1 + eta) y + int_0^1 k e^{-k (1 - r)} x0(r) dr + v sqrt(1 - (v/u)^(2 eta)) z, k = (1 + eta) h.
+
+    h = log(u/v), x0(r) the parabola in log u through this row's x0 and those of the two rows before: DPM-Solver++(3M),
+    Lu 2022, in the SDE form of k-diffusion. The first two rows have order 1 and 2; x' = x0 on the step to clean data.
+    eta: 0 is the ODE, 1 draws the noise of ddpm; more is exact too. From pure noise any eta > 0 has ddpm's limit row.
+    corrected: the published method takes half of the parabola's r^2 (its D2 is h^2 x0''/2, which it reads as h^2 x0'')
+        and converges with order 2; True takes all of it, order 3.
+    Raises ValueError for eta < 0 or infinite, and eta > 0 towards more noise.
+    """
+    if not 0 <= eta < np.inf:
+        raise ValueError(f"eta must be >= 0 and finite, got {eta}; 0 is the ODE, 1 draws as much noise as ddpm")
+    u, v = _steps(levels, f"dpmpp_3m_sde with eta={eta:g}" if eta > 0 else "dpmpp_3m_sde", noise=eta > 0)
+    h, h1, h2 = _log_steps(u, v)
+    # a parabola needs three levels in a row, a line two
+    two, three = h1 != 0, h1 * h2 > 0
+    d1, d2, span = np.where(two, h1, 1.0), np.where(three, h2, 1.0), np.where(three, h1 + h2, 1.0)
+    k = (1 + eta) * h
+    some = np.where(h != 0, k, 1.0)
+    # what the integral makes of r and r^2
+    r1 = 1 + np.expm1(-k) / some
+    r2 = 1 - 2 * r1 / some
+    # weights of Newton's divided differences
+    line = two * r1 * h
+    parabola = three * (r1 * h * h1 + (1.0 if corrected else 0.5) * r2 * h**2) / span
+    slope, bend = (line + parabola) / d1, parabola / d2
+    c = np.where(v > 0, -np.expm1(-k), 1.0)
+    s = v * np.sqrt(-np.expm1(-2 * eta * h))
+    a = (v / u) ** (1 + eta)
+    return _table(u, a=a, b0=c + slope, b1=-slope - bend, b2=bend, s=s, q=1.0, eta=float(eta > 0))
+
+
+SOLVERS: dict[str, Solver] = {f.__name__: f for f in (ddim, ddpm, euler, heun, dpmpp_2m, dpmpp_3m_sde)}

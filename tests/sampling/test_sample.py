@@ -26,6 +26,8 @@ SOLVERS = [
     ("heun", {}),
     ("heun", {"churn": 4.0}),
     ("dpmpp_2m", {}),
+    ("dpmpp_3m_sde", {}),
+    ("dpmpp_3m_sde", {"eta": 0.0, "corrected": True}),
 ]
 
 
@@ -103,6 +105,7 @@ def test_a_sampler_is_used_again_with_everything_changed(den):
         ("heun", {"steps": 4, "seed": 1}),
         ("ddpm", {"steps": 9, "seed": 2, "cond": cond, "guidance": fd.cfg(3.0)}),
         ("dpmpp_2m", {"steps": 5, "seed": 3, "cond": cond}),
+        ("dpmpp_3m_sde", {"steps": 6, "seed": 5, "cond": cond}),
         ("ddim", {"steps": 70, "seed": 4, "eta": 0.5}),
     ]
     first = [fast(solver, **args) for solver, args in calls]
@@ -219,7 +222,7 @@ def test_a_perfect_network_returns_the_image(schedule, predicts):
         return {"eps": eps, "x0": image.expand_as(x), "v": alpha * eps - sigma * image, "score": -eps / sigma}[predicts]
 
     den = fd.Denoiser(net, schedule, predicts)
-    for solver in ("ddim", "ddpm", "heun", "dpmpp_2m"):
+    for solver in ("ddim", "ddpm", "heun", "dpmpp_2m", "dpmpp_3m_sde"):
         x = fd.sample(den, (3, 1, 4, 4), solver, steps=20)
         last = float(schedule.sigma(np.array([schedule.t_end]))[0]) if schedule.T is None else 0.0
         assert (x - image).abs().max() <= 5 * last + 2e-3

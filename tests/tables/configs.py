@@ -6,7 +6,7 @@ import numpy as np
 
 from fastdiff import row
 from fastdiff.tables.plan import plan
-from fastdiff.tables.solvers import ddim, ddpm, dpmpp_2m, euler, heun
+from fastdiff.tables.solvers import ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
 
 CONFIGS = [
     *((ddim, {}), (ddim, {"eta": 0.7}), (ddim, {"eta": 1.0}), (ddim, {"clipped_direction": False})),
@@ -14,6 +14,7 @@ CONFIGS = [
     *((ddpm, {"variance": "learned_range"}), (euler, {}), (euler, {"churn": 40.0})),
     *((euler, {"churn": 40.0, "s_noise": 1.007}), (heun, {}), (heun, {"churn": 40.0, "s_min": 0.05, "s_max": 50.0})),
     *((heun, {"churn": 40.0, "s_noise": 1.003}), (dpmpp_2m, {})),
+    *((dpmpp_3m_sde, {}), (dpmpp_3m_sde, {"eta": 0.5}), (dpmpp_3m_sde, {"eta": 0.0, "corrected": True})),
 ]
 
 

@@ -1,4 +1,4 @@
-"""ddim and ddpm against the schedulers of diffusers, with the peer's own alphas, in float64."""
+"""ddim, ddpm and dpmpp_3m_sde against the schedulers of diffusers, with the peer's own alphas, in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from fastdiff import row
 from fastdiff.tables.plan import plan
 from fastdiff.tables.schedule import schedule
-from fastdiff.tables.solvers import ddim, ddpm
+from fastdiff.tables.solvers import ddim, ddpm, dpmpp_3m_sde
 from tests.tables.gaussian import net, network, run
 
 SHAPE = (2, 5)
@@ -73,3 +73,25 @@ def test_ddpm_is_diffusers(rng, diffusers, variance, kind, steps, spacing):
         # the peer adds noise of variance 1 - abar_t to its result when the last step is not t = 0; Ho adds none
         rows, state = rows[:-1], torch.from_numpy(states[-2])
     np.testing.assert_allclose(run(rows, x, network, zs), state.numpy(), rtol=0, atol=1e-9)
+
+
+def test_dpmpp_3m_ode_is_diffusers(rng, diffusers):
+    # the peer's SDE form subtracts 1/2 where -phi_3 adds it, so the ODE form only
+    peer = diffusers.DPMSolverMultistepScheduler(1000, prediction_type="sample", solver_order=3, solver_type="heun")
+    s = own_alphas(peer)
+    t = np.arange(999, 0, -50)
+    rows = plan(s, "x0", dpmpp_3m_sde, times=[*t, -1], eta=0.0)
+    # its `step` computes in float32, its updates in what they are given
+    peer.sigmas = torch.from_numpy(np.append(s.sigma(t) / s.alpha(t), 0.0))
+    x = rng.standard_normal(SHAPE)
+    state, seen = torch.from_numpy(x), []
+    for k in range(20):
+        seen.append(torch.from_numpy(net(state.numpy(), int(t[k]))))
+        peer._step_index = k
+        if k in (0, 19):
+            state = peer.dpm_solver_first_order_update(seen[-1], sample=state)
+        elif k == 1:
+            state = peer.multistep_dpm_solver_second_order_update(seen, sample=state)
+        else:
+            state = peer.multistep_dpm_solver_third_order_update(seen, sample=state)
+    np.testing.assert_allclose(run(rows, x, network), state.numpy(), rtol=0, atol=1e-9)

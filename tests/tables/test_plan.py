@@ -20,7 +20,7 @@ from fastdiff.tables.schedule import (
     times,
     vp,
 )
-from fastdiff.tables.solvers import SOLVERS, Table, ddim, ddpm, dpmpp_2m, euler, heun
+from fastdiff.tables.solvers import SOLVERS, Table, ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
 from tests.tables.configs import CONFIGS, edits, mutated, planned
 from tests.tables.gaussian import run
 
@@ -140,8 +140,9 @@ def test_what_nobody_reads_is_not_written():
     assert not plan(linear(), "eps", ddim, steps=5)[:, [row.P, row.Q]].any()
     rows = plan(edm(), "edm", heun, steps=4)
     np.testing.assert_array_equal(rows[:, row.P] != 0, [1, 0, 1, 0, 1, 0, 0, 0])
-    rows = plan(edm(), "edm", dpmpp_2m, steps=5)
-    np.testing.assert_array_equal(rows[:, row.Q], [1, 1, 1, 0, 0, 0])  # the row to clean data reads no history
+    # the row to clean data reads no history
+    for solver in (dpmpp_2m, dpmpp_3m_sde):
+        np.testing.assert_array_equal(plan(edm(), "edm", solver, steps=5)[:, row.Q], [1, 1, 1, 0, 0, 0])
 
 
 # ---- a first level of pure noise
@@ -152,6 +153,9 @@ def test_what_nobody_reads_is_not_written():
 def test_first_row_from_pure_noise_is_the_limit(s, config):
     solver, options = config
     eta = 1.0 if solver is ddpm else options.get("eta", 0.0)
+    if solver is dpmpp_3m_sde:
+        # a = (v/u)^(1 + eta) leaves nothing of the state
+        eta = float(options.get("eta", 1.0) > 0)
     for steps in (1, 2, 3, 20):
         rows = planned(s, times(s, steps), config)
         alpha, sigma = rows[1, row.ALPHA], rows[1, row.SIGMA]
@@ -164,11 +168,13 @@ def test_first_row_from_pure_noise_is_the_limit(s, config):
         assert not rows[min(1, steps - 1), row.B1 : row.B3 + 1].any()  # history starts after it
         assert rows[0, [row.ALPHA, row.SIGMA]].tolist() == [0, 1]
     # the row is the limit of ever noisier first levels
-    if s.T is None and solver in (ddim, dpmpp_2m):
+    if s.T is None and solver in (ddim, dpmpp_2m, dpmpp_3m_sde):
         near = planned(s, [1 - 1e-12, 0.6, 0.2], config)[0]
         exact = planned(s, [1.0, 0.6, 0.2], config)[0]
         keep = [row.A, row.S] if options.get("clipped_direction", True) else [row.S]
-        np.testing.assert_allclose(near[keep], exact[keep], rtol=0, atol=3e-6)
+        # at eta = 0.5 a is the root of a small v/u
+        slow = solver is dpmpp_3m_sde and eta == 1 and "eta" in options
+        np.testing.assert_allclose(near[keep], exact[keep], rtol=0, atol=1e-3 if slow else 3e-6)
 
 
 def test_pure_noise_needs_an_output_that_says_x0_and_comes_first_only():
@@ -235,4 +241,5 @@ def test_a_thousand_rows_take_a_fraction_of_a_second():
 
 
 def test_solvers_by_name():
-    assert {"ddim": ddim, "ddpm": ddpm, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m} == SOLVERS
+    own = (ddim, ddpm, euler, heun, dpmpp_2m, dpmpp_3m_sde)
+    assert dict(zip(("ddim", "ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_3m_sde"), own, strict=True)) == SOLVERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from fastdiff.tables.schedule import (
     ve,
     vp,
 )
-from fastdiff.tables.solvers import Table, ddim, ddpm, dpmpp_2m, euler, heun
+from fastdiff.tables.solvers import Table, ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
 from tests.tables.configs import CONFIGS, edits, mutated, planned
 from tests.tables.gaussian import denoiser, order, run
 
@@ -65,7 +66,7 @@ def test_every_table_keeps_its_promise_in_full(s):
 @pytest.mark.parametrize("s", [linear(), vp(), edm(), ve(), sub_vp()], ids=lambda s: s.name)
 def test_inversion_keeps_the_promise_for_every_prediction(s):
     for steps, predicts in itertools.product((1, 2, 10, 100), ("eps", "x0", "v", "flow", "edm", "score")):
-        for solver in (ddim, euler, heun, dpmpp_2m):
+        for solver in (ddim, euler, heun, dpmpp_2m, partial(dpmpp_3m_sde, eta=0.0)):
             rows = plan(s, predicts, solver, times=times(s, steps, final="first")[::-1])
             assert rows[-1, row.SIGMA] > rows[0, row.SIGMA]
 
@@ -88,6 +89,16 @@ def steps_as_equal(coef, hist, u, v):
     c = 1 - v / u
     w = np.where(coef[:, 3] != 0, 0.5, 0)
     coef[:, 1], coef[:, 3] = c * (1 + w), -c * w
+
+
+def heavier_second_history(coef, hist, u, v):
+    coef[:, 3] -= 0.2 * coef[:, 4]
+    coef[:, 4] *= 1.2
+
+
+def histories_swapped(coef, hist, u, v):
+    both = coef[:, 4] != 0
+    coef[both, 3], coef[both, 4] = coef[both, 4], coef[both, 3]
 
 
 def sigma_of_now(coef, hist, u, v):
@@ -150,6 +161,11 @@ CAUGHT_BY_PROMISE = {
     "2m: b0 1 % off": mutated(dpmpp_2m, edits(b0=1.01)),
     "2m: sigma of now instead of next": mutated(dpmpp_2m, sigma_of_now),
     "2m: history halved, sum lost": mutated(dpmpp_2m, edits(b1=0.5)),
+    "3m: second history 1 % off": mutated(dpmpp_3m_sde, edits(b2=1.01)),
+    "3m: noise 1 % off": mutated(dpmpp_3m_sde, edits(s=1.01)),
+    "3m: noise of eta = 1 for eta = 0.5": lambda grid: dpmpp_3m_sde(grid, 0.5)._replace(
+        coef=np.column_stack([dpmpp_3m_sde(grid, 0.5).coef[:, :6], dpmpp_3m_sde(grid, 1.0).coef[:, 6]])
+    ),
     "ddim: noise 1 % off": mutated(with_options(ddim, eta=0.7), edits(s=1.01)),
     "ddim: unclipped direction 1e-9 off": mutated(with_options(ddim, clipped_direction=False), edits(be=1 + 1e-9)),
     "euler: step in log u": mutated(euler, euler_in_log_u),
@@ -162,10 +178,15 @@ CAUGHT_BY_PROMISE = {
     "ddpm: a of Ho 1 % off": mutated(with_options(ddpm, variance="beta"), edits(a=1.01)),
     "ddpm: range of beta_tilde only": learned_range_of_tilde,
 }
+corrected_3m = partial(dpmpp_3m_sde, eta=0.0, corrected=True)
 CAUGHT_BY_ORDER = {
     "2m: history weight wrong, sum kept": (mutated(dpmpp_2m, heavier_history), 2),
     "2m: history dropped, sum kept": (mutated(dpmpp_2m, no_history), 2),
     "2m: steps taken as equal": (mutated(dpmpp_2m, steps_as_equal), 2),
+    "3m: second history's weight wrong, sum kept": (mutated(corrected_3m, heavier_second_history), 3),
+    "3m: histories swapped": (mutated(corrected_3m, histories_swapped), 3),
+    "3m: history weight wrong, sum kept": (mutated(corrected_3m, heavier_history), 3),
+    "3m: half of the parabola": (partial(dpmpp_3m_sde, eta=0.0), 3),
     "heun: stage weights 1/4 and 3/4": (mutated(heun, stage_weights), 2),
     "ddim: direction flipped": (mutated(ddim, direction_flipped), 1),
 }
@@ -182,7 +203,7 @@ def test_promise_catches(name):
 def test_order_catches_what_keeps_the_promise(name):
     solver, want = CAUGHT_BY_ORDER[name]
     plan(edm(), "v", solver, steps=20)
-    assert abs(order(edm(), solver) - want) > 0.3
+    assert abs(order(edm(), solver, before=2, finest=1024) - want) > 0.3
 
 
 def change_rows(rows, name):
@@ -208,11 +229,13 @@ def change_rows(rows, name):
         (with_options(ddim, clipped_direction=False), "be not rescaled"),
         (with_options(ddim, clipped_direction=False), "eps read through x0's column"),
         (dpmpp_2m, "slots off by one"),
+        (dpmpp_3m_sde, "slots off by one"),
         (heun, "slots off by one"),
         (heun, "history of this row's alpha"),
         (ddim, "alphas in ratio, not sigmas"),
         (heun, "memory not written"),
         (dpmpp_2m, "memory not written"),
+        (dpmpp_3m_sde, "memory not written"),
     ],
 )
 def test_promise_catches_bugs_of_plan_itself(solver, name):
@@ -296,7 +319,7 @@ def test_declared_solver_without_declaration_and_with_a_wrong_one():
 def test_gaussian_ends_where_its_ode_ends():
     # all solvers agree on the same closed form when the grid is fine
     for s, predicts in ((edm(), "edm"), (vp(), "eps"), (linear(), "v"), (flow(), "flow")):
-        for solver in (ddim, euler, heun, dpmpp_2m):
+        for solver in (ddim, euler, heun, dpmpp_2m, partial(dpmpp_3m_sde, eta=0.0)):
             t = s.inverse(np.geomspace(10, 0.05, 257))
             rows = plan(s, predicts, solver, times=t)
             start = np.sqrt(0.36 + 100) * rows[0, row.ALPHA]

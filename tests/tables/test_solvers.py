@@ -10,8 +10,8 @@ import pytest
 from fastdiff import row
 from fastdiff.tables.plan import plan
 from fastdiff.tables.schedule import cosine, edm, flow, from_betas, levels, linear, times, ve, vp
-from fastdiff.tables.solvers import SOLVERS, ddim, ddpm, dpmpp_2m, euler, heun
-from tests.tables.gaussian import net, network, order, run
+from fastdiff.tables.solvers import SOLVERS, ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
+from tests.tables.gaussian import C, denoiser, net, network, order, run, uneven
 
 SHAPE = (2, 5)
 
@@ -146,6 +146,66 @@ def test_dpmpp_2m_is_lu_algorithm_2(rng):
         assert (plan(s, "x0", dpmpp_2m, steps=12)[-2, [row.A, row.B0, row.B1, row.B2, row.B3]] == [0, 1, 0, 0, 0]).all()
 
 
+def lu_sde_loop(alphas, sigmas, ts, x, zs, eta, corrected):
+    """Lu 2022 (DPM-Solver++), third order with data prediction, as an SDE as in k-diffusion; the end is clean.
+
+    phi_2 = (e^-k - 1)/k + 1, phi_3 = phi_2/k - 1/2; D1, D2 are differences of x0 in steps of h.
+    """
+    lam = np.log(alphas[:-1] / sigmas[:-1])
+    seen = []
+    for i in range(1, len(alphas)):
+        seen.insert(0, net(x, ts[i - 1]))
+        if i == len(alphas) - 1:
+            return seen[0]
+        h = lam[i] - lam[i - 1]
+        k = (1 + eta) * h
+        phi_2 = (np.exp(-k) - 1) / k + 1
+        phi_3 = phi_2 / k - 0.5
+        y = sigmas[i] / sigmas[i - 1] * np.exp(-eta * h) * x - alphas[i] * (np.exp(-k) - 1) * seen[0]
+        if i >= 2:
+            r0 = (lam[i - 1] - lam[i - 2]) / h
+            D1_0 = D1 = (seen[0] - seen[1]) / r0
+        if i >= 3:
+            r1 = (lam[i - 2] - lam[i - 3]) / h
+            D1_1 = (seen[1] - seen[2]) / r1
+            D1 = D1_0 + r0 / (r0 + r1) * (D1_0 - D1_1)
+            D2 = (D1_0 - D1_1) / (r0 + r1)
+            y = y - alphas[i] * phi_3 * D2 * (2 if corrected else 1)
+        if i >= 2:
+            y = y + alphas[i] * phi_2 * D1
+        x = y + sigmas[i] * np.sqrt(1 - np.exp(-2 * eta * h)) * zs[i - 1]
+
+
+@pytest.mark.parametrize("corrected", [False, True], ids=["published", "corrected"])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0, 2.5])
+def test_dpmpp_3m_sde_is_lu_with_noise(rng, eta, corrected):
+    for s in (linear(), cosine()):
+        t = times(s, 12)
+        x, zs = rng.standard_normal(SHAPE), rng.standard_normal((12, *SHAPE))
+        want = lu_sde_loop(s.alpha(t), s.sigma(t), np.maximum(t, 0), x, zs, eta, corrected)
+        rows = plan(s, "x0", dpmpp_3m_sde, steps=12, eta=eta, corrected=corrected)
+        np.testing.assert_allclose(run(rows, x, network, zs), want, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(rows[-2, [row.A, row.B0, row.B1, row.B2, row.B3, row.S]], [0, 1, 0, 0, 0, 0])
+
+
+def test_dpmpp_3m_sde_draws_the_noise_of_ddpm():
+    for s in (linear(), vp(), edm()):
+        one, other = plan(s, "v", dpmpp_3m_sde, steps=17), plan(s, "v", ddpm, steps=17)
+        same = [row.A, row.S, row.ALPHA, row.SIGMA]
+        np.testing.assert_allclose(one[:, same], other[:, same], rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(one[0], other[0] + (np.arange(row.COLUMNS) == row.Q), rtol=1e-12, atol=1e-14)
+
+
+def test_dpmpp_3m_sde_takes_levels_that_repeat_or_turn():
+    # a step of length 0 or back in history leaves fewer points to interpolate, never a division by zero
+    for corrected in (False, True):
+        options = {"eta": 0.0, "corrected": corrected}
+        rows = plan(linear(), "eps", dpmpp_3m_sde, times=[900, 700, 700, 500, 300, 100, -1], **options)
+        np.testing.assert_array_equal((rows[:-1, row.B1 : row.B3 + 1] != 0).sum(axis=1), [0, 0, 0, 1, 2, 0])
+        rows = plan(linear(), "eps", dpmpp_3m_sde, times=[100, 300, 100, 300, 500, 700], **options)
+        np.testing.assert_array_equal((rows[:-1, row.B1 : row.B3 + 1] != 0).sum(axis=1), [0, 1, 1, 1, 2])
+
+
 # ---- order of convergence
 
 ORDERS = [
@@ -162,6 +222,42 @@ ORDERS = [
 @pytest.mark.parametrize(("solver", "want", "within"), ORDERS)
 def test_order_of_convergence(solver, want, within, s, invert):
     assert abs(order(s, solver, invert=invert) - want) <= within
+
+
+# a third order is seen on finer grids: at n = 256 the two leading terms of the error are alike
+MULTISTEP = [
+    (partial(dpmpp_3m_sde, eta=0.0), 2, 256),
+    (partial(dpmpp_3m_sde, eta=0.0, corrected=True), 3, 2048),
+]
+
+
+@pytest.mark.parametrize("invert", [False, True], ids=["forward", "inversion"])
+@pytest.mark.parametrize("s", [edm(), vp(), linear(), cosine(T=None)], ids=lambda s: f"{s.name}-{s.T}")
+@pytest.mark.parametrize(("solver", "want", "finest"), MULTISTEP, ids=["published", "corrected"])
+def test_order_of_multistep_from_exact_history(solver, want, finest, s, invert):
+    assert abs(order(s, solver, invert=invert, before=2, finest=finest) - want) <= 0.15
+
+
+def deviation(rows):
+    """Of the Gaussian's state at the end, exactly: the loop is linear in the first state and the noise of each row."""
+    noises = np.eye(len(rows))
+    begin, end = np.hypot(C * rows[[0, -1], row.ALPHA], rows[[0, -1], row.SIGMA])
+    return np.linalg.norm(run(rows, begin * noises[0], denoiser, noises[1:])) / end
+
+
+@pytest.mark.parametrize(
+    ("solver", "want"),
+    [
+        (partial(ddim, eta=1.0), 1),
+        (partial(dpmpp_3m_sde, eta=0.5), 2),
+        (dpmpp_3m_sde, 2),
+        (partial(dpmpp_3m_sde, corrected=True), 2),
+    ],
+)
+def test_variance_of_noisy_solvers_converges(solver, want):
+    for s in (edm(), linear()):
+        errors = [deviation(plan(s, "v", solver, times=uneven(s, n))) - 1 for n in (256, 512)]
+        assert abs(np.log2(errors[0] / errors[1]) - want) <= 0.15
 
 
 # ---- edges
@@ -187,6 +283,7 @@ def test_solvers_that_draw_noise_do_not_invert():
         (ddim, {"eta": 0.5}, "ddim with eta=0.5 draws noise"),
         (euler, {"churn": 2.0}, "euler with churn=2 draws noise"),
         (heun, {"churn": 2.0}, "heun with churn=2 draws noise"),
+        (dpmpp_3m_sde, {"eta": 0.5}, "dpmpp_3m_sde with eta=0.5 draws noise"),
     ):
         with pytest.raises(ValueError, match=words + " and cannot run towards more"):
             solver(grid, **options)
@@ -213,6 +310,8 @@ def test_inversion_and_back_is_exact_where_eps_is_constant(rng):
     [
         (ddim, {"eta": -0.1}, "eta must be >= 0, got -0.1"),
         (ddim, {"eta": 1.5}, "eta=1.5 draws more noise than the level"),
+        (dpmpp_3m_sde, {"eta": -0.1}, "eta must be >= 0 and finite, got -0.1"),
+        (dpmpp_3m_sde, {"eta": float("inf")}, "eta must be >= 0 and finite, got inf"),
         (ddpm, {"variance": "large"}, "variance='large' of ddpm is not one of"),
         (heun, {"churn": -1.0}, "churn must be >= 0, got -1.0"),
         (euler, {"churn": float("nan")}, "churn must be >= 0, got nan"),
