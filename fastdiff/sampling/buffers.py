@@ -54,17 +54,19 @@ def shape_of(den: Denoiser, call: Call, images: int, rest: tuple[int, ...], dtyp
     """The buffers that `call` needs for a state of `images`."""
     capacity = next((c for c in row.CAPACITIES if c >= len(call.rows)), len(call.rows))
     halves = 2 if call.guided else 1
+    table = _table(den.net, capacity, 1 if call.cond is None else images * halves, den.dtype or dtype)
     return Shape(
         images,
         rest,
         halves,
         _signature(call.cond),
-        told_times(den.schedule, call.rows[:, row.T]).dtype,
+        # whole steps or not is all the same to a table
+        torch.float32 if table else told_times(den.schedule, call.rows[:, row.T]).dtype,
         capacity,
         call.watched,
         dtype,
         (den.device, den.dtype, den.channels_last),
-        _table(den.net, capacity, 1 if call.cond is None else images * halves, den.dtype or dtype),
+        table,
     )
 
 

@@ -152,9 +152,10 @@ class Weights:
 
 def _settings(device: torch.device) -> tuple[Any, ...]:
     """What decides, beside its tensors, which kernels a step runs."""
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return (
         dispatch.asked(),
-        torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type),
+        torch.get_autocast_dtype(device.type) if casts else None,
         torch.get_float32_matmul_precision(),
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.deterministic,

@@ -102,7 +102,9 @@ def loop(
     padding; None is all. noise: an iterator of z, one for each row that draws. Rows of one kind are asked for together
     where nobody looks in between.
     """
-    kinds = [Kind(len(s.x) if r[row.W] == 1 else len(s.x_in), each is not None and r[row.END] == 1) for r in rows[:-1]]
+    kinds = [
+        Kind(len(s.x) if r[row.W] == 1 else len(s.x_in), each is not None and bool(r[row.END] == 1)) for r in rows[:-1]
+    ]
     alone = noise is not None or tick is not None
     done = 0
     steps.begin()

@@ -93,8 +93,8 @@ class Sampler:
 
     `fast = fd.Sampler(den, shape, run=fd.graph); a = fast(fd.heun, steps=18, seed=1)`: solver, steps, weight, seed and
     condition change from call to call, and cost neither a compilation nor a capture. The call takes what `fd.sample`
-    takes, and `shape` for another batch or size. Where a new shape does cost one (compiled, graph), other batches than N
-    are padded to the next of 1, 2, 3, 4, 6, 8, 12, 16 ... or N. keep: sets of buffers that are kept, with what was
+    takes, and `shape` for another batch or size. Where a new shape does cost one (compiled, graph), other batches than
+    N are padded to the next of 1, 2, 3, 4, 6, 8, 12, 16 ... or N. keep: sets of buffers that are kept, with what was
     compiled or captured for them; the one not used for longest goes first. dtype: of the state, float32, or float64 to
     check a loop (the reference backend then runs the step). The result is a copy: no caller ever holds a buffer.
 
