@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fastdiff.sampling.denoiser import Denoiser as Denoiser
     from fastdiff.sampling.forward import q_sample as q_sample
     from fastdiff.sampling.graph import CaptureError as CaptureError, auto as auto, graph as graph
-    from fastdiff.sampling.guidance import cfg as cfg
+    from fastdiff.sampling.guidance import cfg as cfg, classifier as classifier, energy as energy
     from fastdiff.sampling.run import eager as eager
     from fastdiff.sampling.sample import sample as sample
     from fastdiff.sampling.sampler import Sampler as Sampler
@@ -70,7 +70,7 @@ _HOMES = {
     "fastdiff.sampling.denoiser": ("Denoiser",),
     "fastdiff.sampling.forward": ("q_sample",),
     "fastdiff.sampling.graph": ("CaptureError", "auto", "graph"),
-    "fastdiff.sampling.guidance": ("cfg",),
+    "fastdiff.sampling.guidance": ("cfg", "classifier", "energy"),
     "fastdiff.sampling.run": ("eager",),
     "fastdiff.sampling.sample": ("sample",),
     "fastdiff.sampling.sampler": ("Sampler",),

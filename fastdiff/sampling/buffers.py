@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import row
 from fastdiff.ops import philox
+from fastdiff.sampling.call import Call
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.forward import told_times
 from fastdiff.sampling.guidance import Cond, map_cond
@@ -19,19 +18,6 @@ from fastdiff.sampling.state import State, enter, prior
 
 TABLE = 64 << 20
 """Bytes that a table of time projections may take; above it the network projects in each step."""
-
-
-class Call(NamedTuple):
-    """What one call of a sampler brings, beside solver and weight, which are numbers in the rows."""
-
-    rows: np.ndarray[Any, Any]  # (K + 1, columns), float64, on the host
-    images: int
-    guided: bool
-    cond: Cond  # images, or twice as many under guidance, on the device
-    seed: int
-    numbers: Tensor | Sequence[int] | None  # `index` of fd.sample
-    x: Tensor | None
-    watched: bool
 
 
 class Shape(NamedTuple):
@@ -45,6 +31,7 @@ class Shape(NamedTuple):
     told: torch.dtype  # of the times
     capacity: int  # lines
     watched: bool
+    energies: tuple[Any, ...]  # what each is told, like cond
     dtype: torch.dtype  # of the state
     network: tuple[torch.device, torch.dtype | None, bool]  # where it is, what it computes in, whether in channels_last
     table: tuple[int, int] | None  # lines a row, and their width, where projections are made before the loop
@@ -53,17 +40,17 @@ class Shape(NamedTuple):
 def shape_of(den: Denoiser, call: Call, images: int, rest: tuple[int, ...], dtype: torch.dtype) -> Shape:
     """The buffers that `call` needs for a state of `images`."""
     capacity = next((c for c in row.CAPACITIES if c >= len(call.rows)), len(call.rows))
-    halves = 2 if call.guided else 1
-    table = _table(den.net, capacity, 1 if call.cond is None else images * halves, den.dtype or dtype)
+    table = _table(den.net, capacity, 1 if call.cond is None else images * call.halves, den.dtype or dtype)
     return Shape(
         images,
         rest,
-        halves,
+        call.halves,
         _signature(call.cond),
         # whole steps or not is all the same to a table
         torch.float32 if table else told_times(den.schedule, call.rows[:, row.T]).dtype,
         capacity,
         call.watched,
+        tuple(map(_signature, call.told)),
         dtype,
         (den.device, den.dtype, den.channels_last),
         table,
@@ -87,8 +74,8 @@ def _signature(cond: Cond) -> Any:
     return tuple(_signature(part) for part in cond)
 
 
-def allocate(shape: Shape, cond: Cond) -> State:
-    """Empty buffers; cond is one that they are made for."""
+def allocate(shape: Shape, call: Call) -> State:
+    """Empty buffers, for calls like this one."""
     n, rest = shape.images, shape.rest
     inputs = n * shape.halves
     device, dtype, last = shape.network
@@ -110,9 +97,15 @@ def allocate(shape: Shape, cond: Cond) -> State:
         k=zeros(1, dtype=torch.int64),
         seed=zeros(1, dtype=torch.int64),
         number=zeros(n, dtype=torch.int64),
-        cond=map_cond(lambda c: c.new_zeros((inputs, *c.shape[1:])), cond),
+        cond=_room(call.cond, inputs),
+        told=tuple(_room(told, n) for told in call.told),
+        pulls=zeros(shape.capacity, len(call.told)),
         bad=zeros(n, dtype=torch.int64),
     )
+
+
+def _room(cond: Cond, images: int) -> Cond:
+    return map_cond(lambda c: c.new_zeros((images, *c.shape[1:])), cond)
 
 
 def fill(s: State, den: Denoiser, call: Call) -> None:
@@ -121,6 +114,9 @@ def fill(s: State, den: Denoiser, call: Call) -> None:
     s.rows[: lines + 1].copy_(torch.as_tensor(call.rows).to(s.rows.dtype))
     s.times[: lines + 1].copy_(told_times(den.schedule, call.rows[:, row.T]))
     map_cond(lambda held, given: _write(held, given, len(s.x_in) // len(s.x)), s.cond, call.cond)
+    for held, given in zip(s.told, call.told, strict=True):
+        map_cond(_write, held, given)
+    s.pulls[:lines].copy_(torch.as_tensor(call.pulls).to(s.pulls.dtype))
     if s.table is not None:
         _project(s.table[:lines], s.times[:lines], den.net, s.cond)
     number = torch.arange(call.images) if call.numbers is None else torch.as_tensor(call.numbers)

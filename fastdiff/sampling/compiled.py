@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from fastdiff.ops import step_
 from fastdiff.sampling.run import Run
-from fastdiff.sampling.state import Kind, Program, State, one_step
+from fastdiff.sampling.state import Kind, Program, State
+from fastdiff.sampling.step import one_step
 
 OPTIONS = ("mode", "options", "backend")
 
@@ -35,6 +37,23 @@ def _made(program: Program, s: State, kind: Kind, options: dict[str, Any]) -> St
     return steps[key]
 
 
+@contextmanager
+def _gradients(steered: bool) -> Iterator[None]:
+    """Lets dynamo trace torch.autograd.grad, which it does in newer versions of torch, and when asked."""
+    if not steered:
+        yield
+        return
+    from torch._dynamo import config
+
+    if not hasattr(config, "trace_autograd_ops"):
+        raise ValueError(
+            f"guidance by an energy needs a gradient in the step, which torch {torch.__version__} does not compile; "
+            "pass run=fd.graph or run=fd.eager"
+        )
+    with config.patch(trace_autograd_ops=True):
+        yield
+
+
 class Compiled:
     """`torch.compile(fullgraph=True)` of the step, once for rows with guidance and once for those without.
 
@@ -56,8 +75,9 @@ class Compiled:
         if noise is not None:
             raise ValueError("noise: a compiled step draws its own, by seed and index; pass run=fd.eager")
         step = _made(self.program, self.s, kind, self.options)
-        for _ in range(count):
-            step(self.program, self.s, kind)
+        with _gradients(kind.steered):
+            for _ in range(count):
+                step(self.program, self.s, kind)
 
     memory = 0
 

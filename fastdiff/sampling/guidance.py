@@ -1,12 +1,17 @@
-"""Guidance: what stands between the network's two halves, conditional and unconditional."""
+"""Guidance: between the network's two halves, conditional and unconditional, and by energies that pull at x."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
+from torch.nn import functional
+
+from fastdiff import row
 
 Cond = Any
 """A tensor, or a tuple, list or dict of tensors; the image axis first everywhere."""
@@ -50,8 +55,7 @@ class Guidance(NamedTuple):
 
     def weight(self, u: float) -> float:
         """The weight at noise level u: w inside the interval, else 1."""
-        inside = self.between is None or self.between[0] <= u <= self.between[1]
-        return self.w if inside else 1.0
+        return self.w if _inside(self.between, u) else 1.0
 
 
 def cfg(w: float, between: tuple[float, float] | None = None, null: Cond = None) -> Guidance:
@@ -63,6 +67,116 @@ def cfg(w: float, between: tuple[float, float] | None = None, null: Cond = None)
     """
     if not math.isfinite(w):
         raise ValueError(f"cfg: w={w} is no weight; pass a finite number, 1 for none")
+    return Guidance(float(w), _interval("cfg", between), null)
+
+
+def _inside(between: tuple[float, float] | None, u: float) -> bool:
+    return between is None or between[0] <= u <= between[1]
+
+
+def _interval(who: str, between: tuple[float, float] | None) -> tuple[float, float] | None:
     if between is not None and not 0 <= between[0] <= between[1]:
-        raise ValueError(f"cfg: between={between} is no interval of u; pass (low, high) with 0 <= low <= high")
-    return Guidance(float(w), between, null)
+        raise ValueError(f"{who}: between={between} is no interval of u; pass (low, high) with 0 <= low <= high")
+    return between
+
+
+class Potential(NamedTuple):
+    """A function E(x, t, cond) -> (N,), and what it looks at: "x_t" or "x0"."""
+
+    f: Callable[[Tensor, Tensor, Cond], Tensor]
+    of: str
+
+
+class Energy(NamedTuple):
+    """A potential with its weight, the interval of u in which it acts, and what it is told in place of cond."""
+
+    potential: Potential
+    weight: float
+    between: tuple[float, float] | None
+    told: Cond
+
+    def pull(self, u: float) -> float:
+        """The weight at noise level u: 0 outside the interval."""
+        return self.weight if _inside(self.between, u) else 0.0
+
+
+def energy(
+    f: Callable[[Tensor, Tensor, Cond], Tensor],
+    weight: float = 1.0,
+    *,
+    of: str = "x0",
+    told: Cond = None,
+    between: tuple[float, float] | None = None,
+) -> Energy:
+    """Guidance by an energy: samples from p(x_t) exp(-weight E), score' = score - weight grad_x E.
+
+    f(x, t, cond) -> (N,), E of each image, differentiable, without numbers read on the host. of: "x0", the network's
+    estimate of the clean image (the gradient goes through the network), or "x_t", the noisy image itself. told: what f
+    gets in place of cond, tensors with the image axis first (measurements, labels). between: (low, high) in u =
+    sigma/alpha outside of which it does not act. Dhariwal & Nichol 2021 (a classifier's); Chung 2023 (of x0).
+    """
+    if not callable(f):
+        raise TypeError(f"energy: f={f!r} is no function; pass f(x, t, cond) -> (N,)")
+    if of not in ("x0", "x_t"):
+        raise ValueError(f'energy: of={of!r} is unknown; accepted: "x0", "x_t"')
+    if not math.isfinite(weight):
+        raise ValueError(f"energy: weight={weight} is no weight; pass a finite number")
+    return Energy(Potential(f, of), float(weight), _interval("energy", between), told)
+
+
+def classifier(
+    net: Callable[[Tensor, Tensor], Tensor],
+    weight: float = 1.0,
+    *,
+    labels: Any = None,
+    between: tuple[float, float] | None = None,
+) -> Energy:
+    """Classifier guidance: the energy -log p(label | x_t), score' = score + weight grad_x log p(label | x_t).
+
+    net(x_t, t) -> logits (N, classes), trained on noisy images. labels (N,) int64; None is cond. Dhariwal & Nichol
+    2021, algorithm 2.
+    """
+    return energy(_Surprise(net), weight, of="x_t", told=labels, between=between)
+
+
+@dataclass(frozen=True)
+class _Surprise:
+    """-log p(label | x_t); equal for the same network, so that a captured step is found again."""
+
+    net: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return functional.cross_entropy(self.net(x, t).to(x.dtype), label, reduction="none")
+
+
+class Guided(NamedTuple):
+    """All the guidance of a call."""
+
+    cfg: Guidance | None
+    energies: tuple[Energy, ...]
+
+    def pulls(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """(K, energies), the weight of each in each of K + 1 rows but the last. Raises ValueError at alpha = 0."""
+        alpha, sigma = rows[:-1, row.ALPHA], rows[:-1, row.SIGMA]
+        u = np.divide(sigma, alpha, out=np.full_like(sigma, np.inf), where=alpha != 0)
+        pulls = np.array([[e.pull(float(v)) for e in self.energies] for v in u]).reshape(len(u), len(self.energies))
+        if (pulls[alpha == 0] != 0).any():
+            raise ValueError(
+                "energy: the first level is pure noise (alpha = 0), where an energy of an image says nothing; pass "
+                "between=(0, u) with a finite u = sigma/alpha"
+            )
+        return pulls
+
+
+def gathered(guidance: Any) -> Guided:
+    """One guidance or several. Raises TypeError for what is none, ValueError for two of the first kind."""
+    parts = () if guidance is None else (guidance,) if isinstance(guidance, Guidance | Energy) else guidance
+    if not isinstance(parts, tuple | list) or any(not isinstance(g, Guidance | Energy) for g in parts):
+        raise TypeError(
+            f"guidance={guidance!r} is a {type(guidance).__name__}; pass fd.cfg(w), fd.energy(f), fd.classifier(net) "
+            "or a list of them"
+        )
+    weights = [g for g in parts if isinstance(g, Guidance)]
+    if len(weights) > 1:
+        raise ValueError("guidance: two fd.cfg in one list; pass one, with the weight that you want")
+    return Guided(weights[0] if weights else None, tuple(g for g in parts if isinstance(g, Energy)))

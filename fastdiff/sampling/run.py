@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import row
-from fastdiff.sampling.state import Kind, Program, State, enter, one_step
+from fastdiff.sampling.state import Kind, Program, State, enter
+from fastdiff.sampling.step import one_step
 
 Each = Callable[[int, Tensor, Tensor], Tensor | None]
 """each(i, x, x0) after grid step i, with copies; what it returns, if anything, replaces x."""
@@ -90,6 +91,7 @@ def loop(
     s: State,
     rows: np.ndarray[Any, Any],
     *,
+    pulls: np.ndarray[Any, Any] | None = None,
     images: int | None = None,
     each: Each | None = None,
     noise: Iterator[Tensor] | None = None,
@@ -98,12 +100,17 @@ def loop(
     """Run all rows, reading nothing back from the device: the result is left in s.x, the first bad rows in s.bad.
 
     rows: the plan's float64 numbers on the host, (K + 1, columns); s holds them cast, on the device. Rows with W = 1
-    call the network on the conditional half only. images: how many of the state's are somebody's, the rest being
-    padding; None is all. noise: an iterator of z, one for each row that draws. Rows of one kind are asked for together
-    where nobody looks in between.
+    call the network on the conditional half only. pulls: (K, energies), their weights. images: how many of the state's
+    are somebody's, the rest being padding; None is all. noise: an iterator of z, one for each row that draws. Rows of
+    one kind are asked for together where nobody looks in between.
     """
     kinds = [
-        Kind(len(s.x) if r[row.W] == 1 else len(s.x_in), each is not None and bool(r[row.END] == 1)) for r in rows[:-1]
+        Kind(
+            images=len(s.x) if r[row.W] == 1 else len(s.x_in),
+            watched=each is not None and bool(r[row.END] == 1),
+            steered=pulls is not None and bool((pulls[k] != 0).any()),
+        )
+        for k, r in enumerate(rows[:-1])
     ]
     alone = noise is not None or tick is not None
     done = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff.sampling.defaults import Solver, Spacing
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.graph import auto
-from fastdiff.sampling.guidance import Cond, Guidance
+from fastdiff.sampling.guidance import Cond, Energy, Guidance
 from fastdiff.sampling.run import Each, Run
 from fastdiff.sampling.sampler import Sampler
 
@@ -28,7 +28,7 @@ def sample(
     seed: int = 0,
     index: Tensor | Sequence[int] | None = None,
     cond: Cond = None,
-    guidance: Guidance | None = None,
+    guidance: Guidance | Energy | Sequence[Guidance | Energy] | None = None,
     clip: float | None = None,
     run: Run = auto,
     each: Each | None = None,
@@ -43,8 +43,9 @@ def sample(
     None means the Denoiser's default, else ddim, 50 steps. x: the state at the first level, else drawn from the prior.
     noise: an iterator of z, one for each row that draws, instead of Philox. seed, index: the run's seed and the images'
     numbers, 0..N-1 unless given: an image's noise depends on these two alone. cond: a tensor, tuple or dict, image axis
-    first. guidance: `fd.cfg(w)`. clip: bound on |x0|, inf for none. each(i, x, x0): called after each grid step, may
-    return a new x.
+    first. guidance: `fd.cfg(w)`, `fd.energy(f)`, `fd.classifier(net)`, or several of them. clip: bound on |x0|, inf for
+    none. each(i, x, x0): called after each grid step, may return a new x. run: `fd.auto`, `fd.eager`, `fd.compiled`,
+    `fd.graph`, see docs/engine.md; who samples more than once keeps a `fd.Sampler`, and what it compiled or captured.
 
     Raises ValueError for arguments that do not fit, FloatingPointError naming image, row and t where an image stops
     being finite. Sources: with the solver; the form of the row: docs/math.md.

@@ -8,63 +8,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import row
 from fastdiff.ops import dispatch
-from fastdiff.sampling.buffers import Call, allocate, fill, shape_of
-from fastdiff.sampling.defaults import Choice, Solver, Spacing, choose
+from fastdiff.sampling.buffers import allocate, fill, shape_of
+from fastdiff.sampling.call import Call, conditions, numbers
+from fastdiff.sampling.defaults import Solver, Spacing, choose
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.graph import auto
-from fastdiff.sampling.guidance import Cond, Guidance, map_cond
+from fastdiff.sampling.guidance import Cond, Energy, Guidance, gathered
 from fastdiff.sampling.run import Each, Run, Steps, loop
 from fastdiff.sampling.state import Program, State
-from fastdiff.tables.plan import plan
-
-
-def _rows(
-    den: Denoiser,
-    choice: Choice,
-    times: Sequence[float] | None,
-    clip: float | None,
-    guidance: Guidance | None,
-    options: dict[str, Any],
-) -> np.ndarray[Any, Any]:
-    """The numbers of a call, float64 on the host; the caller's options go before the Denoiser's."""
-    if "w" in options:
-        raise ValueError("the guidance weight is no option of a solver; pass guidance=fd.cfg(w)")
-    given = {"clip": None, **choice.options, **options}
-    own_clip = given.pop("clip")
-    return plan(
-        den.schedule,
-        den.predicts,
-        choice.solver,
-        steps=choice.steps,
-        spacing=choice.spacing,
-        times=times,
-        clip=own_clip if clip is None else clip,
-        w=1.0 if guidance is None else guidance.weight,
-        sigma_data=den.sigma_data,
-        **given,
-    )
-
-
-def _images(cond: Cond, n: int, device: torch.device) -> Cond:
-    """cond on the device; a label or a list of labels becomes a tensor, a single one stands for all n images."""
-    numbers = isinstance(cond, list) and all(isinstance(c, int) for c in cond)
-    if numbers or isinstance(cond, int | np.integer | np.ndarray | range):
-        cond = torch.as_tensor(cond)
-
-    def fit(c: Tensor) -> Tensor:
-        c = c.to(device)
-        c = c.expand(n, *c.shape[1:]) if c.ndim == 0 or (len(c) == 1 != n) else c
-        if len(c) != n:
-            raise ValueError(f"cond holds {len(c)} images, the shape asks for {n}; pass one condition an image")
-        return c
-
-    return map_cond(fit, cond)
 
 
 @contextlib.contextmanager
@@ -142,14 +98,14 @@ class Sampler:
         if images != own and self.run.static(den.device):
             images = min(size for size in (own, bucket(images)) if size >= images)
         shape = shape_of(den, call, images, rest, self.dtype)
-        key = (shape, id(den.net), den.variance, dispatch.asked())
+        key = (shape, id(den.net), den.variance, call.energies, dispatch.asked())
         if key not in self._held:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)[1].steps.close()
-            s = allocate(shape, call.cond)
+            s = allocate(shape, call)
             # x in the place of F, which is not there yet: a kernel takes F in any layout and float dtype
             step_ = dispatch.choose("step_", s.x, s.x_in, s.h, s.x, s.rows, s.k, s.number, s.seed)
-            self._held[key] = _Held(s, self.run.steps(Program(den.net, step_, den.variance), s))
+            self._held[key] = _Held(s, self.run.steps(Program(den.net, step_, den.variance, call.energies), s))
         self._held.move_to_end(key)
         return self._held[key]
 
@@ -178,33 +134,25 @@ class Sampler:
         seed: int = 0,
         index: Tensor | Sequence[int] | None = None,
         cond: Cond = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Energy | Sequence[Guidance | Energy] | None = None,
         clip: float | None = None,
         each: Each | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Tensor:
         """One run; the arguments of `fd.sample`."""
-        if guidance is not None and not isinstance(guidance, Guidance):
-            raise TypeError(f"guidance={guidance!r} is a {type(guidance).__name__}; pass fd.cfg(w)")
-        den = self.den
+        den, guided = self.den, gathered(guidance)
         n, *rest = self.shape if shape is None else _checked(shape)
-        rows = _rows(den, choose(den, solver, steps, spacing, times), times, clip, guidance, options)
-        guided = bool((rows[:-1, row.W] != 1).any())
-        cond = _images(cond, n, den.device)
-        if guided and guidance is not None:
-            if cond is None:
-                raise ValueError("guidance needs a condition; pass cond= (class labels, say), or guidance=None")
-            null = _images(den.null(cond, guidance.null), n, den.device)
-            cond = map_cond(lambda c, u: torch.cat([c, u.to(c)]), cond, null)
         if x is not None and tuple(x.shape) != (n, *rest):
             raise ValueError(f"x must be shaped {(n, *rest)}, got {tuple(x.shape)}")
-        call = Call(rows, n, guided, cond, seed, index, x, watched=each is not None)
+        rows = numbers(den, choose(den, solver, steps, spacing, times), times, clip, guided.cfg, options)
+        parts = conditions(den, rows, n, cond, guided)
+        call = Call(rows, n, seed, index, x, each is not None, *parts)
         draws = None if noise is None else iter(noise)
         with self._lock, _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
             s, made = self._find(call, tuple(rest))
             fill(s, den, call)
-            loop(made, s, rows, images=n, each=each, noise=draws, tick=tick)
+            loop(made, s, rows, pulls=call.pulls, images=n, each=each, noise=draws, tick=tick)
             self._verdict(s, call)
             return s.x[:n].clone()
 

@@ -1,6 +1,4 @@
-"""The buffers of a run, and the one step that every solver repeats on them.
-
-F = net(x_in, t, cond);   step_(x, x_in, h, F, rows, k, index, seed);   k += 1
+"""The buffers of a run, and what the host must know of it.
 
 Everything that changes from row to row, and from call to call, is read from these buffers: so one compiled or captured
 step serves every solver, step count, weight, seed and condition.
@@ -13,10 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastdiff import row
 from fastdiff.ops import normal, philox
-from fastdiff.ops.step import check, x0_ref
-from fastdiff.sampling.guidance import Cond, map_cond
+from fastdiff.sampling.guidance import Cond, Potential
 
 
 class State(NamedTuple):
@@ -33,15 +29,18 @@ class State(NamedTuple):
     seed: Tensor  # (1,) int64
     number: Tensor  # (N,) int64, the images' numbers: `index` of the ops
     cond: Cond  # M images
+    told: tuple[Cond, ...]  # N images, what each energy is told in place of cond; None is cond itself
+    pulls: Tensor  # (capacity, energies), their weights
     bad: Tensor  # (N,) int64, first row whose result was not finite, else -1
 
 
 class Program(NamedTuple):
-    """What a run does not change: the network, the function that runs `step_`, the kind of variance."""
+    """What a run does not change: the network, the function that runs `step_`, the kind of variance, the energies."""
 
     net: Callable[..., Tensor]
     step_: Callable[..., None]
     variance: str | None
+    energies: tuple[Potential, ...] = ()
 
 
 class Kind(NamedTuple):
@@ -51,31 +50,8 @@ class Kind(NamedTuple):
     """In the network's input: N where the row needs no unconditional half, else M."""
     watched: bool = False
     """Whether the caller wants to see x0."""
-
-
-def network(program: Program, s: State, images: int) -> Tensor:
-    """F of row k for the first `images` of x_in."""
-    cond = s.cond if images == len(s.x_in) else map_cond(lambda c: c[:images], s.cond)
-    x_in = s.x_in[:images]
-    if s.table is not None:
-        return program.net(x_in, None, cond, table_row=s.table.index_select(0, s.k)[0, :images])
-    return program.net(x_in, s.times.index_select(0, s.k).expand(images), cond)
-
-
-def one_step(program: Program, s: State, kind: Kind, noise: Tensor | None = None) -> None:
-    """One network call and one row: all that a run repeats, with no host decision in it.
-
-    noise: z of the row instead of Philox. A watched row leaves its clipped x0 in s.x0.
-    """
-    F = network(program, s, kind.images)
-    if kind.watched:
-        assert s.x0 is not None
-        r = s.rows.index_select(0, s.k)[0]
-        s.x0.copy_(x0_ref(s.x, F, r).clamp(-r[row.CLIP], r[row.CLIP]))
-    args = (s.x, s.x_in, s.h, F, s.rows, s.k, s.number, s.seed)
-    check(*args, variance=program.variance, noise=noise, bad=s.bad)
-    program.step_(*args, variance=program.variance, noise=noise, bad=s.bad)
-    s.k.add_(1)
+    steered: bool = False
+    """Whether the energies act on it."""
 
 
 def enter(s: State, c_in: float) -> None:
