@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +27,14 @@ class Recorder(Protocol):
     def warm(self, work: Callable[[], None]) -> None:
         """Do the work where it will be captured, so that all that happens once has happened."""
 
-    def record(self, work: Callable[[], None]) -> Recorded:
-        """Capture the work without doing it."""
+    def probe(self, work: Callable[[], None]) -> str | None:
+        """Do the work and see whether it can be captured; where not, the line of code that makes the host wait."""
 
     def culprit(self, work: Callable[[], None]) -> str | None:
-        """The op of the work that cannot be captured, found by doing it; None where it does not show."""
+        """The op in that line, by doing the work once more."""
+
+    def record(self, work: Callable[[], None]) -> Recorded:
+        """Capture the work without doing it."""
 
     def memory(self) -> int:
         """Bytes that the recordings hold beside the buffers they work on."""
@@ -55,27 +60,38 @@ class Cuda:
             work()
         caller.wait_stream(self.stream)
 
+    def probe(self, work: Callable[[], None]) -> str | None:
+        """file:line. A capture that fails leaves a mess behind, so that it is not tried."""
+        waits = self._waits(work)
+        return waits[0][1] if waits else None
+
+    def culprit(self, work: Callable[[], None]) -> str | None:
+        """The op, seen by a dispatch mode, under which a compiled network would not be what it is."""
+        with LastOp() as last:  # type: ignore[no-untyped-call]
+            waits = self._waits(work, last)
+        return waits[0][0] if waits else None
+
+    def _waits(self, work: Callable[[], None], last: LastOp | None = None) -> list[tuple[str, str]]:
+        before = torch.cuda.get_sync_debug_mode()
+        # by an error instead of a warning, other threads would be hit
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            return warned(lambda: self.warm(work), "synchronizing CUDA operation", last)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
     def record(self, work: Callable[[], None]) -> Recorded:
-        """A torch.cuda.CUDAGraph of the work. Raises RuntimeError where the host asks for what is not there yet."""
+        """A torch.cuda.CUDAGraph of the work."""
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self.device)
         graph = torch.cuda.CUDAGraph()
         # other threads may go on with work of their own
         capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self.device), capturing:
+        with _mended(self.device), torch.cuda.device(self.device), capturing:
             work()
         self._bytes += torch.cuda.memory_reserved(self.device) - before
         return graph
-
-    def culprit(self, work: Callable[[], None]) -> str | None:
-        """The op that makes the host wait for the device."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return raising(work)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
 
     def memory(self) -> int:
         """What the allocator reserved for the captures."""
@@ -87,18 +103,45 @@ class Cuda:
         torch.cuda.empty_cache()
 
 
-def raising(work: Callable[[], None]) -> str | None:
-    """The op in which the work raises, None where it does not."""
-    called = ["an op outside torch"]
+@contextmanager
+def _mended(device: torch.device) -> Iterator[None]:
+    """After a capture that failed, torch is left on the side stream, its generator waiting for the capture's end."""
+    caller, generator = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index or 0]
+    state = generator.get_state()
+    try:
+        yield
+    except Exception:
+        torch.cuda.set_stream(caller)
+        fresh = torch.Generator(device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
+        raise
 
-    class LastOp(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            called[0] = str(func)
-            return func(*args, **(kwargs or {}))
 
-    with LastOp():  # type: ignore[no-untyped-call]
-        try:
-            work()
-        except Exception:
-            return called[0]
-    return None
+class LastOp(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the op that was called last."""
+
+    name = "an op"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Write its name down and call it."""
+        self.name = str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def warned(work: Callable[[], None], text: str, last: LastOp | None = None) -> list[tuple[str, str]]:
+    """Do the work; the op (where a mode sees it) and file:line of each warning with `text` in it. Others pass."""
+    found: list[tuple[str, str]] = []
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
+            if text in str(message):
+                found.append(("" if last is None else last.name, f"{filename}:{lineno}"))
+            else:
+                others(message, category, filename, lineno, *rest)
+
+        warnings.filterwarnings("always", message=f".*{text}")
+        warnings.showwarning = show  # type: ignore[assignment]
+        work()
+    return found

@@ -20,11 +20,15 @@ from fastdiff.sampling.capture import Cuda, Recorded, Recorder
 from fastdiff.sampling.run import Eager, Run, Steps, eager
 from fastdiff.sampling.state import Kind, Program, State
 
+_ROWS_BEFORE = 2  # a capture
+
 
 class CaptureError(RuntimeError):
     """The step cannot be captured into a graph; the message names the op. left: rows that were not run."""
 
-    left = 0
+    def __init__(self, why: str, left: int) -> None:
+        super().__init__(f"the step cannot be captured into a CUDA graph: {why}; pass run=fd.eager")
+        self.left = left
 
 
 class _Made(NamedTuple):
@@ -38,7 +42,8 @@ class Graph:
     """A CUDA graph of the step, one for each kind of row that occurs.
 
     The first row of a kind is run as it is: that is the warm-up (lazy libraries, the convolutions' choices, a compiled
-    network's compilation), and no work is lost. The second is captured. unroll: rows in one graph where so many of a
+    network's compilation). The second shows whether the host waits for the device in it, where no graph can follow. The
+    third is captured: no work is lost. unroll: rows in one graph where so many of a
     kind follow each other; fewer launches, a larger graph. step: the run whose step is captured, `fd.eager` or
     `fd.compiled`. benchmark: let cuDNN try its algorithms on the first row of a kind and keep the fastest; False where
     two processes must agree to the byte. recorder: what captures.
@@ -61,7 +66,7 @@ class Graph:
         self.program, self.s, self.unroll, self.benchmark = program, s, unroll, benchmark
         self._step: Steps = step.steps(program, s)
         self._recorder = (recorder or Cuda)(s.x.device)
-        self._warm: set[Kind] = set()
+        self._warm: dict[Kind, int] = {}
         self._graphs: dict[_Made, Recorded] = {}
         self._weights = Weights(program.net)
         self._settings: tuple[Any, ...] = ()
@@ -80,33 +85,34 @@ class Graph:
         if noise is not None:
             raise ValueError("noise: a captured step draws its own, by seed and index; pass run=fd.eager")
         with _fastest(self.benchmark):
-            if kind not in self._warm:
-                self._recorder.warm(lambda: self._step.run(kind, 1))
-                self._warm.add(kind)
+            while count and self._warm.get(kind, 0) < _ROWS_BEFORE:
                 count -= 1
-            try:
-                for rows in (self.unroll, 1):
-                    while count >= rows:
-                        self._graph(_Made(kind, rows)).replay()
-                        count -= rows
-            except CaptureError as error:
-                error.left = count
-                raise
+                self._first_rows(kind, count)
+            for rows in (self.unroll, 1):
+                while count >= rows:
+                    self._graph(_Made(kind, rows), count).replay()
+                    count -= rows
 
-    def _graph(self, made: _Made) -> Recorded:
+    def _first_rows(self, kind: Kind, left: int) -> None:
+        """The row that warms up, then the one that shows whether there can be a graph."""
+
+        def work() -> None:
+            self._step.run(kind, 1)
+
+        self._warm[kind] = self._warm.get(kind, 0) + 1
+        if self._warm[kind] < _ROWS_BEFORE:
+            self._recorder.warm(work)
+        elif (line := self._recorder.probe(work)) is not None:
+            with _as_it_was(self.s):
+                op = self._recorder.culprit(work)
+            raise CaptureError(f"{op or 'an op'} ({line}) makes the host wait for the device", left)
+
+    def _graph(self, made: _Made, left: int) -> Recorded:
         if made not in self._graphs:
-
-            def work() -> None:
-                self._step.run(made.kind, made.rows)
-
             try:
-                self._graphs[made] = self._recorder.record(work)
+                self._graphs[made] = self._recorder.record(lambda: self._step.run(made.kind, made.rows))
             except Exception as error:
-                with _as_it_was(self.s):
-                    op = self._recorder.culprit(work)
-                what = f"{op} in the step cannot be captured" if op else "the step cannot be captured"
-                said = str(error).splitlines()[0]
-                raise CaptureError(f"{what} into a CUDA graph ({said}); pass run=fd.eager") from error
+                raise CaptureError(str(error).splitlines()[0], left) from error
         return self._graphs[made]
 
     @property

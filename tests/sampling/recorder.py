@@ -1,6 +1,11 @@
 """What stands in for CUDA's graphs where there is no GPU: it writes down what it is asked, and replays by calling."""
 
-from fastdiff.sampling.capture import raising
+import warnings
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastdiff.sampling.capture import LastOp, warned
 
 
 class Recording:
@@ -22,7 +27,7 @@ class Recording:
 class FakeRecorder:
     """One for each set of buffers; `all` holds every one that was made since `forget()`.
 
-    A real capture raises where the work asks the device for a number: this one where `forbidden` does.
+    As on a GPU, the work that asks the device for a number cannot be captured.
     """
 
     all: list = []  # noqa: RUF012  shared on purpose
@@ -40,18 +45,22 @@ class FakeRecorder:
         self.warmed += 1
         work()
 
-    def record(self, work):
-        if (sentence := self.forbidden()) is not None:
-            raise RuntimeError(f"{sentence}\nmore lines")
-        self.recordings.append(Recording(self, work))
-        return self.recordings[-1]
+    def _waits(self, work, last=None):
+        with Reads():
+            return warned(lambda: self.warm(work), "synchronizing", last)
 
-    @staticmethod
-    def forbidden():
-        return None
+    def probe(self, work):
+        waits = self._waits(work)
+        return waits[0][1] if waits else None
 
     def culprit(self, work):
-        return raising(work)
+        with LastOp() as last:
+            waits = self._waits(work, last)
+        return waits[0][0]
+
+    def record(self, work):
+        self.recordings.append(Recording(self, work))
+        return self.recordings[-1]
 
     @property
     def living(self):
@@ -63,3 +72,13 @@ class FakeRecorder:
     def release(self):
         assert not self.living, "the pool was given back under a living graph"
         self.released += 1
+
+
+class Reads(TorchDispatchMode):
+    """Warns of each read of a tensor's number, as CUDA's debug mode does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default:
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return out

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.sampling.graph import Weights
@@ -52,9 +51,9 @@ def test_a_graph_is_the_eager_loop_bit_for_bit_and_captured_once(den, run):
     for call in CALLS:
         assert torch.equal(fast(cond=COND, **call), slow(cond=COND, **call))
     (only,) = FakeRecorder.all
-    # rows of a plan: one a step, two a step of heun but the last; the first row of all was the warm-up
-    assert only.warmed == 1
-    assert replays() == [[7 + 5 + (2 * 6 - 1) + 11 + 5 - 1]]
+    # rows of a plan: one a step, two a step of heun but the last; the first two rows of all came before the capture
+    assert only.warmed == 2
+    assert replays() == [[7 + 5 + (2 * 6 - 1) + 11 + 5 - 2]]
 
 
 def test_whole_steps_are_told_as_integers_and_others_as_they_are(den, run):
@@ -73,14 +72,14 @@ def test_guidance_is_a_second_graph_and_its_interval_a_third_of_the_same_buffers
     for w in (2.0, 3.5, 0.0):
         call = {"steps": 6, "cond": COND, "guidance": fd.cfg(w)}
         assert torch.equal(fast(**call), slow(**call))
-    assert replays() == [[3 * 6 - 1]]
+    assert replays() == [[3 * 6 - 2]]
     call = {"steps": 8, "cond": COND, "guidance": fd.cfg(2.0, between=(0.5, 5.0))}
     for _ in range(2):
         assert torch.equal(fast(**call), slow(**call))
     rows = fd.plan(fd.linear(), "eps", fd.ddim, steps=8, w=call["guidance"].weight)[:-1]
     halves = int((rows[:, fd.row.W] != 1).sum())
     assert 0 < halves < 8
-    assert replays() == [[3 * 6 - 1 + 2 * halves, 2 * (8 - halves) - 1]]
+    assert replays() == [[3 * 6 - 2 + 2 * halves, 2 * (8 - halves) - 2]]
     assert len(FakeRecorder.all) == 1
 
 
@@ -91,8 +90,8 @@ def test_unrolling(den):
     for steps in (14, 4, 3):
         call = {"solver": "dpmpp_2m", "steps": steps, "seed": 6}
         assert torch.equal(fast(**call), slow(**call))
-    # 1 + 3 * 4 + 1 rows, then 4, then 3
-    assert replays() == [[3 + 1, 1 + 3]]
+    # 2 + 3 * 4 rows, then 4, then 3
+    assert replays() == [[3 + 1, 3]]
     (held,) = fast._held.values()
     assert held.steps.captured == [(Kind(4), 4), (Kind(4), 1)]
 
@@ -116,8 +115,8 @@ def test_each_and_progress_look_between_replays(den, run, capsys):
         assert torch.equal(x, y)
         assert torch.equal(x0, y0)
     # stages are not watched: two kinds of rows, each of them warmed up and captured
-    assert FakeRecorder.all[0].warmed == 2
-    assert replays() == [[5 - 1 - 1, 5 - 1]] or replays() == [[5 - 1, 5 - 1 - 1]]
+    assert FakeRecorder.all[0].warmed == 4
+    assert sorted(replays()[0]) == [4 - 2, 5 - 2]
     assert torch.equal(fast("ddim", steps=4, progress=True), slow("ddim", steps=4))
 
 
@@ -136,15 +135,15 @@ def test_weights_that_change_in_place_are_read_and_weights_that_move_are_capture
         for p in den.net.parameters():
             p.mul_(0.9)
     assert torch.equal(fast(steps=4), slow(steps=4))
-    assert replays() == [[3 + 4]]
+    assert replays() == [[2 + 4]]
     state = {name: p * 0.8 for name, p in den.net.state_dict().items()}
     den.net.load_state_dict(state, assign=True)
     assert torch.equal(fast(steps=4), slow(steps=4))
     (only,) = FakeRecorder.all
-    assert replays() == [[7, 3]]
+    assert replays() == [[6, 2]]
     assert [r.work is None for r in only.recordings] == [True, False]
     assert only.released == 1
-    den.net.double()
+    den.net.bfloat16()
     fast(steps=4)
     assert len(FakeRecorder.all) == 2  # another input dtype: other buffers
 
@@ -160,10 +159,10 @@ def test_what_decides_the_kernels_is_captured_anew(den, run):
         fast(steps=3)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert replays() == [[2, 2, 2]]
-    with fd.backend("reference"):
+    assert replays() == [[1, 1, 1]]
+    with fd.backend(fd.ops.dispatch.chosen("step_")):  # by name, where it was by itself
         fast(steps=3)
-    assert replays() == [[2, 2, 2], [2]]
+    assert replays() == [[1, 1, 1], [1]]
     assert torch.backends.cudnn.benchmark is False
 
 
@@ -250,27 +249,6 @@ def test_a_graph_that_the_garbage_collector_meets(den, run):
     gc.collect()
 
 
-class Refusing(FakeRecorder):
-    """A device on which nothing that reads a number can be captured."""
-
-    def culprit(self, work):
-        with NoReads():
-            return super().culprit(work)
-
-    @staticmethod
-    def forbidden():
-        return "CUDA error: operation not permitted when stream is capturing"
-
-
-class NoReads(TorchDispatchMode):
-    """As CUDA's mode that forbids the host to wait: .item() raises."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("called a synchronizing operation")
-        return func(*args, **(kwargs or {}))
-
-
 def asking(net):
     def asks(x, t, cond):
         return net(x, t, cond) if bool(x.sum() < 1e9) else x
@@ -278,26 +256,46 @@ def asking(net):
     return asks
 
 
-def test_a_graph_that_cannot_be_names_the_op(den):
-    FakeRecorder.forget()
-    fast = fd.Sampler(den.with_net(asking(den.net)), SHAPE, fd.graph(recorder=Refusing))
-    with pytest.raises(fd.CaptureError, match=r"aten._local_scalar_dense.*stream is capturing.*fd.eager") as caught:
+class Failing(FakeRecorder):
+    """A device whose captures fail for a reason that shows in the capture only."""
+
+    def record(self, work):
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
+
+
+def test_a_graph_that_cannot_be_names_the_op_and_the_line(den, run):
+    fast = fd.Sampler(den.with_net(asking(den.net)), SHAPE, run)
+    with pytest.raises(fd.CaptureError, match=r"aten._local_scalar_dense.*\(.*:\d+\) makes.*fd.eager") as caught:
         fast(steps=5)
     assert len(str(caught.value).splitlines()) == 1
+    fast = fd.Sampler(den, SHAPE, fd.graph(recorder=Failing))
+    with pytest.raises(fd.CaptureError, match=r"a previous error during capture; pass run=fd.eager"):
+        fast(steps=5)
 
 
-def test_auto_falls_back_once_and_says_so(den):
+@pytest.mark.parametrize("recorder", [FakeRecorder, Failing])
+def test_auto_falls_back_once_and_says_so(den, recorder):
     FakeRecorder.forget()
-    fast = fd.Sampler(den.with_net(asking(den.net)), SHAPE, fd.auto(recorder=Refusing))
+    net = asking(den.net) if recorder is FakeRecorder else den.net
+    fast = fd.Sampler(den.with_net(net), SHAPE, fd.auto(recorder=recorder))
     slow = fd.Sampler(den, SHAPE, fd.eager)
     call = {"solver": "heun", "steps": 5, "churn": 2.0, "cond": COND}
-    with pytest.warns(UserWarning, match="aten._local_scalar_dense") as said:
+    with pytest.warns(UserWarning, match="the step cannot be captured") as said:
         got = fast(**call)
     assert len(said) == 1
     assert torch.equal(got, slow(**call))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(fast(**call), slow(**call))
+
+
+def test_other_warnings_of_a_network_pass(den, run):
+    def net(x, t, cond):
+        warnings.warn("mind the gap", stacklevel=1)
+        return den.net(x, t, cond)
+
+    with pytest.warns(UserWarning, match="mind the gap"):
+        fd.sample(den.with_net(net), SHAPE, steps=5, run=run)
 
 
 def test_auto_takes_noise_of_the_callers_own_where_a_graph_cannot(den, run):
