@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastdiff.sampling.forward import q_sample as q_sample
     from fastdiff.sampling.graph import CaptureError as CaptureError, auto as auto, graph as graph
     from fastdiff.sampling.guidance import cfg as cfg, classifier as classifier, energy as energy
+    from fastdiff.sampling.reuse import deep_cache as deep_cache
     from fastdiff.sampling.run import eager as eager
     from fastdiff.sampling.sample import sample as sample
     from fastdiff.sampling.sampler import Sampler as Sampler
@@ -71,6 +72,7 @@ _HOMES = {
     "fastdiff.sampling.forward": ("q_sample",),
     "fastdiff.sampling.graph": ("CaptureError", "auto", "graph"),
     "fastdiff.sampling.guidance": ("cfg", "classifier", "energy"),
+    "fastdiff.sampling.reuse": ("deep_cache",),
     "fastdiff.sampling.run": ("eager",),
     "fastdiff.sampling.sample": ("sample",),
     "fastdiff.sampling.sampler": ("Sampler",),

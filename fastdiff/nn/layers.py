@@ -38,6 +38,16 @@ class TableRow(NamedTuple):
     """(columns,) for all images, or (N, columns); each ResBlock knows its own columns."""
 
 
+class Deep(NamedTuple):
+    """What runs less often than the rest (DeepCache, Ma 2024): all below the last `stages` of the way up."""
+
+    stages: int
+    kept: Tensor
+    """`net.deep_shape(x.shape, stages)`, what the deep part last gave to the stages above it."""
+    fresh: bool
+    """Whether the deep part runs, and leaves its result in `kept`; else it is read from there."""
+
+
 class Pool(nn.Module):
     """Halves every spatial axis by the mean of 2^dims neighbours."""
 

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastdiff.nn.arguments import batched, check
 from fastdiff.nn.group_norm import GroupNorm
-from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Sinusoid, Stage, TableRow, Up, conv, zero
-
-CONDITIONS = ("label", "number", "vector")
+from fastdiff.nn.layers import Attention, Deep, Down, Nearest, Pool, ResBlock, Sinusoid, Stage, TableRow, Up, conv, zero
 
 
 class UNet(nn.Module):
@@ -86,7 +85,7 @@ class UNet(nn.Module):
         center_input: bool = False,
     ) -> None:
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        _check(**given)
+        check(**given)
         super().__init__()
         self.config: dict[str, Any] = given | {"mults": list(mults), "attention": list(attention)}
         self.in_channels, self.dims, self.center_input = in_channels, dims, center_input
@@ -141,13 +140,20 @@ class UNet(nn.Module):
         self.out = zero(conv(dims, widths[0], self.out_channels, 3))
 
     def forward(
-        self, x: Tensor, t: Tensor | float | None, cond: Tensor | None = None, *, table_row: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float | None,
+        cond: Tensor | None = None,
+        *,
+        table_row: Tensor | None = None,
+        deep: Deep | None = None,
     ) -> Tensor:
         """F (N, out, *spatial) in the parameters' dtype.
 
         x (N, in_channels, *spatial), sizes divisible by `net.factor`; t (N,), or one number for all; cond (N,), or one
         for all; None is the null class where there are classes. table_row: lines of `time_table`, one for all images or
-        one an image, in place of t and cond, which are then not looked at. Raises ValueError for other shapes.
+        one an image, in place of t and cond, which are then not looked at. deep: the part that runs less often, not for
+        gradients. Raises ValueError for other shapes.
         """
         emb = self.embed(t, cond, x) if table_row is None else self._line(table_row, x)
         if x.ndim != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -163,15 +169,32 @@ class UNet(nn.Module):
         x = x.to(self.time.linear1.weight.dtype)
         h = self.stem(2 * x - 1 if self.center_input else x)
         skips = [h]
-        for down in self.down:
+        for down in self.down if deep is None or deep.fresh else self.down[: deep.stages - 1]:
             h = down(h, emb)
             skips.append(h)
-        for stage in self.middle:
-            h = stage(h, emb)
-        for stage in self.up:
+        up = list(self.up)
+        above = len(up) if deep is None else deep.stages
+        if deep is not None and not deep.fresh:
+            h = deep.kept
+        else:
+            for stage in self.middle:
+                h = stage(h, emb)
+            for stage in up[: len(up) - above]:
+                h = stage(h, emb, skips.pop())
+            if deep is not None:
+                deep.kept.copy_(h)
+        for stage in up[-above:]:
             h = stage(h, emb, skips.pop())
         F: Tensor = self.out(self.norm(h))
         return F
+
+    def deep_shape(self, shape: Sequence[int], stages: int) -> tuple[int, ...]:
+        """Of `Deep.kept`, for an x of this shape. Raises ValueError for stages that the way up does not have."""
+        if not 1 <= stages <= len(self.up):
+            raise ValueError(f"UNet: stages={stages} of the way up; accepted: 1 to {len(self.up)}")
+        mults, each = self.config["mults"], self.config["blocks"] + 1
+        width = round(self.config["channels"] * mults[min(stages // each, len(mults) - 1)])
+        return (shape[0], width, *(size >> ((stages - 1) // each) for size in shape[2:]))
 
     def res_blocks(self) -> list[ResBlock]:
         """Every ResBlock, in the order in which forward runs them."""
@@ -200,7 +223,7 @@ class UNet(nn.Module):
         if t is None:
             raise ValueError("UNet: t is None; pass a time, or table_row=")
         n = x.shape[0]
-        emb: Tensor = self.time(_batched("t", torch.as_tensor(t, device=x.device), n))
+        emb: Tensor = self.time(batched("t", torch.as_tensor(t, device=x.device), n))
         if self.condition == "vector":
             if cond is None or cond.shape != emb.shape:
                 got = None if cond is None else tuple(cond.shape)
@@ -214,7 +237,7 @@ class UNet(nn.Module):
             cond = self.null(torch.zeros(n, dtype=torch.int64, device=x.device))
         if self.condition == "label" and cond.is_floating_point():
             raise ValueError(f"UNet: cond has dtype {cond.dtype}; labels are integers, pass cond.long()")
-        return functional.silu(emb + self.cond(_batched("cond", cond, n)))
+        return functional.silu(emb + self.cond(batched("cond", cond, n)))
 
     def null(self, cond: Tensor) -> Tensor:
         """The null class in cond's shape, as a call without cond is told. Raises ValueError where there is none."""
@@ -224,13 +247,6 @@ class UNet(nn.Module):
                 "the label that training used for no class"
             )
         return torch.full_like(cond, self.classes)
-
-
-def _batched(name: str, v: Tensor, n: int) -> Tensor:
-    """(n,) from (n,), or from one element."""
-    if v.numel() not in (1, n):
-        raise ValueError(f"UNet: {name} has shape {tuple(v.shape)}; accepted: one element or ({n},), one an image")
-    return v.reshape(-1).expand(n)
 
 
 def _down(
@@ -270,26 +286,3 @@ def _up(
             inputs = width
     assert not skips
     return layers
-
-
-def _check(**given: Any) -> None:
-    """Raises ValueError for a keyword that no net can have."""
-
-    def need(good: bool, key: str, accepted: str) -> None:
-        if not good:
-            raise ValueError(f"UNet: {key}={given[key]!r} is not possible; accepted: {accepted}")
-
-    widths = [round(given["channels"] * m) for m in given["mults"]]
-    factors = [2**i for i in range(len(widths))]
-    need(given["channels"] >= 1, "channels", "a positive integer")
-    need(bool(widths) and min(widths) >= 1, "mults", "one positive number a level")
-    need(given["blocks"] >= 1, "blocks", "a positive integer")
-    need(all(a in factors for a in given["attention"]), "attention", f"factors out of {factors} (len(mults) levels)")
-    need(given["dims"] in (1, 2, 3), "dims", "1, 2, 3")
-    need(given["condition"] in CONDITIONS, "condition", ", ".join(CONDITIONS))
-    need(given["condition"] == "label" or given["classes"] is None, "classes", "None, for condition is not 'label'")
-    need(given["classes"] is None or given["classes"] >= 1, "classes", "None or a positive integer")
-    need(not (given["heads"] and given["head_channels"]), "heads", "None where head_channels is given")
-    groups = given["groups"]
-    bad = [w for w in widths if groups is not None and (groups < 1 or w % groups)]
-    need(not bad, "groups", f"a common divisor of the widths {widths}, or None for the greatest one up to 32")

@@ -34,6 +34,7 @@ class Shape(NamedTuple):
     energies: tuple[Any, ...]  # what each is told, like cond
     dtype: torch.dtype  # of the state
     network: tuple[torch.device, torch.dtype | None, bool]  # where it is, what it computes in, whether in channels_last
+    deep: tuple[int, ...] | None  # of the features that are reused
     table: tuple[int, int] | None  # lines a row, and their width, where projections are made before the loop
 
 
@@ -53,8 +54,21 @@ def shape_of(den: Denoiser, call: Call, images: int, rest: tuple[int, ...], dtyp
         tuple(map(_signature, call.told)),
         dtype,
         (den.device, den.dtype, den.channels_last),
+        _deep(den.net, (images * call.halves, *rest), call),
         table,
     )
+
+
+def _deep(net: Any, shape: tuple[int, ...], call: Call) -> tuple[int, ...] | None:
+    """The shape of what is reused. Raises ValueError where the network has no deep part."""
+    if call.reuse is None:
+        return None
+    if not hasattr(net, "deep_shape"):
+        raise ValueError(f"reuse: {type(net).__name__} is no fd.UNet, and where its deep part begins is not known")
+    if "x0" in (e.of for e in call.energies):
+        raise ValueError("reuse: an energy of x0 needs the gradient of the whole network; pass reuse=None")
+    found: tuple[int, ...] = net.deep_shape(shape, call.reuse.stages)
+    return found
 
 
 def _table(net: Any, capacity: int, lines: int, dtype: torch.dtype) -> tuple[int, int] | None:
@@ -83,17 +97,19 @@ def allocate(shape: Shape, call: Call) -> State:
     def zeros(*size: int, dtype: torch.dtype = shape.dtype) -> Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
 
-    x_in = zeros(inputs, *rest, dtype=dtype or shape.dtype)
-    if last and len(rest) == 3:
-        x_in = x_in.contiguous(memory_format=torch.channels_last)
+    def like_input(size: tuple[int, ...]) -> Tensor:
+        x = zeros(*size, dtype=dtype or shape.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if last and len(rest) == 3 else x
+
     return State(
         x=zeros(n, *rest),
-        x_in=x_in,
+        x_in=like_input((inputs, *rest)),
         h=zeros(row.SLOTS, n, *rest),
         x0=zeros(n, *rest) if shape.watched else None,
         rows=zeros(shape.capacity, row.COLUMNS),
         times=zeros(shape.capacity, dtype=shape.told),
         table=None if shape.table is None else zeros(shape.capacity, *shape.table, dtype=dtype or shape.dtype),
+        deep=None if shape.deep is None else like_input(shape.deep),
         k=zeros(1, dtype=torch.int64),
         seed=zeros(1, dtype=torch.int64),
         number=zeros(n, dtype=torch.int64),

@@ -13,6 +13,7 @@ from fastdiff import row
 from fastdiff.sampling.defaults import Choice
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.guidance import Cond, Guidance, Guided, Potential, map_cond
+from fastdiff.sampling.reuse import DeepCache
 from fastdiff.tables.plan import plan
 
 
@@ -25,6 +26,7 @@ class Call(NamedTuple):
     numbers: Tensor | Sequence[int] | None  # `index` of fd.sample
     x: Tensor | None
     watched: bool
+    reuse: DeepCache | None
     halves: int  # 2 under guidance
     cond: Cond  # images times halves, on the device
     energies: tuple[Potential, ...]

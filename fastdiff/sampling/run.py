@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import row
+from fastdiff.sampling.call import Call
+from fastdiff.sampling.reuse import fresh_rows
 from fastdiff.sampling.state import Kind, Program, State, enter
 from fastdiff.sampling.step import one_step
 
@@ -89,29 +90,19 @@ class Eager:
 def loop(
     steps: Steps,
     s: State,
-    rows: np.ndarray[Any, Any],
+    call: Call,
     *,
-    pulls: np.ndarray[Any, Any] | None = None,
-    images: int | None = None,
     each: Each | None = None,
     noise: Iterator[Tensor] | None = None,
     tick: Callable[[], object] | None = None,
 ) -> None:
-    """Run all rows, reading nothing back from the device: the result is left in s.x, the first bad rows in s.bad.
+    """Run the rows of a call, reading nothing back from the device: the result is left in s.x, the bad rows in s.bad.
 
-    rows: the plan's float64 numbers on the host, (K + 1, columns); s holds them cast, on the device. Rows with W = 1
-    call the network on the conditional half only. pulls: (K, energies), their weights. images: how many of the state's
-    are somebody's, the rest being padding; None is all. noise: an iterator of z, one for each row that draws. Rows of
-    one kind are asked for together where nobody looks in between.
+    The host has the rows in float64; s holds them cast, on the device. Rows with W = 1 call the network on the
+    conditional half only. noise: an iterator of z, one for each row that draws. Rows of one kind are asked for together
+    where nobody looks in between.
     """
-    kinds = [
-        Kind(
-            images=len(s.x) if r[row.W] == 1 else len(s.x_in),
-            watched=each is not None and bool(r[row.END] == 1),
-            steered=pulls is not None and bool((pulls[k] != 0).any()),
-        )
-        for k, r in enumerate(rows[:-1])
-    ]
+    rows, kinds = call.rows, _kinds(s, call)
     alone = noise is not None or tick is not None
     done = 0
     steps.begin()
@@ -124,10 +115,20 @@ def loop(
             draws = noise is not None and rows[k, row.S] != 0
             steps.run(kind, 1, _next(noise, k).to(s.x) if noise is not None and draws else None)
             if each is not None and kind.watched:
-                _show(s, each, done, len(s.x) if images is None else images, float(rows[k + 1, row.C_IN]))
+                _show(s, each, done, call.images, float(rows[k + 1, row.C_IN]))
                 done += 1
             if tick is not None:
                 tick()
+
+
+def _kinds(s: State, call: Call) -> list[Kind]:
+    """What the host knows of each row."""
+    rows = call.rows[:-1]
+    images = [len(s.x) if w == 1 else len(s.x_in) for w in rows[:, row.W]]
+    watched = [call.watched and bool(end == 1) for end in rows[:, row.END]]
+    steered = [bool(acts) for acts in (call.pulls != 0).any(1)]
+    fresh = fresh_rows(images, 1 if call.reuse is None else call.reuse.every)
+    return [Kind(*parts) for parts in zip(images, watched, steered, fresh, strict=True)]
 
 
 def _next(noise: Iterator[Tensor], k: int) -> Tensor:

@@ -11,6 +11,7 @@ from fastdiff.sampling.defaults import Solver, Spacing
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.graph import auto
 from fastdiff.sampling.guidance import Cond, Energy, Guidance
+from fastdiff.sampling.reuse import DeepCache
 from fastdiff.sampling.run import Each, Run
 from fastdiff.sampling.sampler import Sampler
 
@@ -30,6 +31,7 @@ def sample(
     cond: Cond = None,
     guidance: Guidance | Energy | Sequence[Guidance | Energy] | None = None,
     clip: float | None = None,
+    reuse: DeepCache | None = None,
     run: Run = auto,
     each: Each | None = None,
     progress: bool = False,
@@ -44,8 +46,9 @@ def sample(
     noise: an iterator of z, one for each row that draws, instead of Philox. seed, index: the run's seed and the images'
     numbers, 0..N-1 unless given: an image's noise depends on these two alone. cond: a tensor, tuple or dict, image axis
     first. guidance: `fd.cfg(w)`, `fd.energy(f)`, `fd.classifier(net)`, or several of them. clip: bound on |x0|, inf for
-    none. each(i, x, x0): called after each grid step, may return a new x. run: `fd.auto`, `fd.eager`, `fd.compiled`,
-    `fd.graph`, see docs/engine.md; who samples more than once keeps a `fd.Sampler`, and what it compiled or captured.
+    none. reuse: `fd.deep_cache(every)`, lossy. each(i, x, x0): called after each grid step, may return a new x. run:
+    `fd.auto`, `fd.eager`, `fd.compiled`, `fd.graph`, see docs/engine.md; who samples more than once keeps a
+    `fd.Sampler`, and what it compiled or captured.
 
     Raises ValueError for arguments that do not fit, FloatingPointError naming image, row and t where an image stops
     being finite. Sources: with the solver; the form of the row: docs/math.md.
@@ -63,6 +66,7 @@ def sample(
             cond=cond,
             guidance=guidance,
             clip=clip,
+            reuse=reuse,
             each=each,
             progress=progress,
             **options,

@@ -19,6 +19,7 @@ from fastdiff.sampling.defaults import Solver, Spacing, choose
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.graph import auto
 from fastdiff.sampling.guidance import Cond, Energy, Guidance, gathered
+from fastdiff.sampling.reuse import DeepCache
 from fastdiff.sampling.run import Each, Run, Steps, loop
 from fastdiff.sampling.state import Program, State
 
@@ -98,14 +99,16 @@ class Sampler:
         if images != own and self.run.static(den.device):
             images = min(size for size in (own, bucket(images)) if size >= images)
         shape = shape_of(den, call, images, rest, self.dtype)
-        key = (shape, id(den.net), den.variance, call.energies, dispatch.asked())
+        stages = 0 if call.reuse is None else call.reuse.stages
+        key = (shape, id(den.net), den.variance, call.energies, stages, dispatch.asked())
         if key not in self._held:
             while len(self._held) >= self.keep:
                 self._held.popitem(last=False)[1].steps.close()
             s = allocate(shape, call)
             # x in the place of F, which is not there yet: a kernel takes F in any layout and float dtype
             step_ = dispatch.choose("step_", s.x, s.x_in, s.h, s.x, s.rows, s.k, s.number, s.seed)
-            self._held[key] = _Held(s, self.run.steps(Program(den.net, step_, den.variance, call.energies), s))
+            program = Program(den.net, step_, den.variance, call.energies, stages)
+            self._held[key] = _Held(s, self.run.steps(program, s))
         self._held.move_to_end(key)
         return self._held[key]
 
@@ -136,6 +139,7 @@ class Sampler:
         cond: Cond = None,
         guidance: Guidance | Energy | Sequence[Guidance | Energy] | None = None,
         clip: float | None = None,
+        reuse: DeepCache | None = None,
         each: Each | None = None,
         progress: bool = False,
         **options: Any,
@@ -147,12 +151,12 @@ class Sampler:
             raise ValueError(f"x must be shaped {(n, *rest)}, got {tuple(x.shape)}")
         rows = numbers(den, choose(den, solver, steps, spacing, times), times, clip, guided.cfg, options)
         parts = conditions(den, rows, n, cond, guided)
-        call = Call(rows, n, seed, index, x, each is not None, *parts)
+        call = Call(rows, n, seed, index, x, each is not None, reuse, *parts)
         draws = None if noise is None else iter(noise)
         with self._lock, _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
             s, made = self._find(call, tuple(rest))
             fill(s, den, call)
-            loop(made, s, rows, pulls=call.pulls, images=n, each=each, noise=draws, tick=tick)
+            loop(made, s, call, each=each, noise=draws, tick=tick)
             self._verdict(s, call)
             return s.x[:n].clone()
 

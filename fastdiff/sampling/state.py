@@ -25,6 +25,7 @@ class State(NamedTuple):
     rows: Tensor  # (capacity, columns)
     times: Tensor  # (capacity,), column T in the dtype that the network is told
     table: Tensor | None  # (capacity, 1 or M, width), lines of net.time_table where the network has one
+    deep: Tensor | None  # M images, what the deep part of the network last gave, where it is reused
     k: Tensor  # (1,) int64, the next row
     seed: Tensor  # (1,) int64
     number: Tensor  # (N,) int64, the images' numbers: `index` of the ops
@@ -41,6 +42,8 @@ class Program(NamedTuple):
     step_: Callable[..., None]
     variance: str | None
     energies: tuple[Potential, ...] = ()
+    stages: int = 0
+    """Of the way up, that run in every row where the deep part is reused."""
 
 
 class Kind(NamedTuple):
@@ -52,6 +55,8 @@ class Kind(NamedTuple):
     """Whether the caller wants to see x0."""
     steered: bool = False
     """Whether the energies act on it."""
+    fresh: bool = True
+    """Whether the deep part of the network runs."""
 
 
 def enter(s: State, c_in: float) -> None:

@@ -10,10 +10,13 @@ F' = F - sigma^2 / (alpha C_OUT) grad_x sum w_i E_i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastdiff import row
+from fastdiff.nn.layers import Deep
 from fastdiff.ops.step import check, x0_ref
 from fastdiff.sampling.guidance import Cond, map_cond
 from fastdiff.sampling.state import Kind, Program, State
@@ -24,7 +27,7 @@ def one_step(program: Program, s: State, kind: Kind, noise: Tensor | None = None
 
     noise: z of the row instead of Philox. A watched row leaves its clipped x0 in s.x0.
     """
-    F = _steered(program, s, kind.images) if kind.steered else _network(program, s, s.x_in[: kind.images])
+    F = _steered(program, s, kind) if kind.steered else _network(program, s, s.x_in[: kind.images], kind.fresh)
     if kind.watched:
         assert s.x0 is not None
         r = s.rows.index_select(0, s.k)[0]
@@ -39,18 +42,23 @@ def _first(cond: Cond, images: int) -> Cond:
     return map_cond(lambda c: c[:images], cond)
 
 
-def _network(program: Program, s: State, x_in: Tensor) -> Tensor:
+def _network(program: Program, s: State, x_in: Tensor, fresh: bool = True) -> Tensor:
     """F of row k for an input of N or M images."""
     images = len(x_in)
     cond = s.cond if images == len(s.x_in) else _first(s.cond, images)
+    # what only a fd.UNet takes
+    own: dict[str, Any] = {}
+    if s.deep is not None:
+        own["deep"] = Deep(program.stages, s.deep[:images], fresh)
     if s.table is not None:
-        return program.net(x_in, None, cond, table_row=s.table.index_select(0, s.k)[0, :images])
-    return program.net(x_in, s.times.index_select(0, s.k).expand(images), cond)
+        own["table_row"] = s.table.index_select(0, s.k)[0, :images]
+    t = None if s.table is not None else s.times.index_select(0, s.k).expand(images)
+    return program.net(x_in, t, cond, **own)
 
 
-def _steered(program: Program, s: State, images: int) -> Tensor:
+def _steered(program: Program, s: State, kind: Kind) -> Tensor:
     """F' of row k: forward, and backward to x, through the network where an energy looks at x0."""
-    channels = s.x.shape[1]
+    images, channels = kind.images, s.x.shape[1]
     r = s.rows.index_select(0, s.k)[0]
     through = any(e.of == "x0" for e in program.energies)
     with torch.enable_grad():
@@ -58,7 +66,7 @@ def _steered(program: Program, s: State, images: int) -> Tensor:
         x_in = s.x_in[:images]
         if through:
             x_in = _doubled((r[row.C_IN] * x).to(x_in.dtype), images)
-        F = _network(program, s, x_in)
+        F = _network(program, s, x_in, kind.fresh)
         total = _energy(program, s, x, x0_ref(x, F, r) if through else x)
         (grad,) = torch.autograd.grad(total, x)
     F = F.detach().to(x.dtype)
