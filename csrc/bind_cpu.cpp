@@ -239,7 +239,9 @@ void group_norm_backward(const py::tuple& in, uintptr_t stats, uintptr_t dy, uin
                                                          at<void>(dx2), at<float>(sums)});
 }
 
-void inject(const py::tuple& in, uintptr_t y) { finish(chosen.inject, Inject{normed(in), at<void>(y)}); }
+void inject(const py::tuple& in, uintptr_t residual, int residual_dtype, uintptr_t y) {
+    finish(chosen.inject, Inject{normed(in), at<void>(residual), Dtype(residual_dtype), at<void>(y)});
+}
 
 void inject_backward(const py::tuple& in, uintptr_t dy, uintptr_t dx, uintptr_t sums) {
     finish(chosen.inject_backward, InjectBackward{normed(in), at<void>(dy), at<void>(dx), at<float>(sums)});

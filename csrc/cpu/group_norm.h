@@ -40,9 +40,11 @@ struct GroupNormBackward {
     float* sums;
 };
 
-// no groups, weight, bias and x2
+// no groups, weight, bias and x2; residual, which may be null, lies as x does, in its dtype or fp32
 struct Inject {
     Normed in;
+    const void* residual;
+    Dtype residual_dtype;
     void* y;
 };
 

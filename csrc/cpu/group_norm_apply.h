@@ -1,4 +1,4 @@
-// y = act(A (x - M) + B), the pass that group_norm_silu and inject share.
+// y = act(A (x - M) + B), the pass that group_norm_silu and inject share, and inject's residual.
 #pragma once
 
 #include "group_norm_panel.h"
@@ -35,23 +35,30 @@ struct Affine {
         : gain(numbers.of(GAIN, column)), centre(numbers.of(CENTRE, column)), offset(numbers.of(OFFSET, column)) {}
 };
 
-template <typename T, bool ACT>
-inline void apply(const Walk& w, const Normed& in, const Place& place, const Slot& slot, T* y) {
+// residual lies as y does
+template <typename T, bool ACT, typename R = T>
+inline void apply(const Walk& w, const Normed& in, const Place& place, const Slot& slot, T* y,
+                  const R* residual = nullptr) {
     panels(w, place, false, [&](const Panel& panel) FASTDIFF_INLINE {
         const Numbers numbers(w, slot, panel);
         const T* x = (const T*)(panel.second ? in.x2 : in.x) + panel.x;
         T* out = y + panel.joined;
+        const R* beside = residual ? residual + panel.joined : nullptr;
         blocks<4>(panel, [&](auto block) FASTDIFF_INLINE {
             constexpr int ROWS = decltype(block)::rows;
             block.fetch_next(x, panel.x_stride, panel.width);
+            if (beside) block.fetch_next(beside, panel.joined_stride, panel.width);
             block.template fetch_next<true>(out, panel.joined_stride, panel.width);
             const Affine to(numbers, block.column);
             const T* from = x + block.row * panel.x_stride + block.column;
-            T* into = out + block.row * panel.joined_stride + block.column;
+            const int64_t at = block.row * panel.joined_stride + block.column;
             F32 n[ROWS];
             FASTDIFF_ROWS n[r] = multiply_add(to.gain, block.read(from + r * panel.x_stride) - to.centre, to.offset);
             if (ACT) silu(n);
-            FASTDIFF_ROWS block.write(into + r * panel.joined_stride, n[r]);
+            if (beside) {
+                FASTDIFF_ROWS n[r] += block.read(beside + at + r * panel.joined_stride);
+            }
+            FASTDIFF_ROWS block.write(out + at + r * panel.joined_stride, n[r]);
         });
     });
 }

@@ -1,4 +1,5 @@
-// y = act((x + add) (1 + scale) + shift) and its gradients, fastdiff/ops/inject.py: A = 1 + scale, M = -add, B = shift.
+// y = act((x + add) (1 + scale) + shift) + residual and its gradients, fastdiff/ops/inject.py: A = 1 + scale, M = -add,
+// B = shift.
 #include "group_norm_gradient.h"
 
 namespace fastdiff {
@@ -8,10 +9,16 @@ namespace {
 template <typename T, bool ACT>
 struct Forward {
     static bool run(const Inject& call) {
+        return call.residual_dtype == FLOAT32 ? run(call, (const float*)call.residual)
+                                              : run(call, (const T*)call.residual);
+    }
+
+    template <typename R>
+    static bool run(const Inject& call, const R* residual) {
         const Walk w = walk(call.in, 0, APPLIED);
         const auto begin = [&](const Place& place, const Slot& slot) { prepare(w, call.in, place, 0, 1, slot); };
         const auto write = [&](const Place& place, const Slot& slot) {
-            apply<T, ACT>(w, call.in, place, slot, (T*)call.y);
+            apply<T, ACT>(w, call.in, place, slot, (T*)call.y, residual);
         };
         return FASTDIFF_ISA_NS::run(w, groups(begin), cells(write));
     }

@@ -53,6 +53,13 @@ class Given(NamedTuple):
         """x, the gradient of a result say, in the dtype and the layout of this x."""
         return x.to(self.x.dtype).contiguous(memory_format=self.form)
 
+    def beside(self, v: Tensor | None) -> Tensor | None:
+        """v, an image that is added to this x: in its layout and dtype, but in fp32 where it has another dtype."""
+        if v is None:
+            return None
+        dtype = v.dtype if v.dtype is self.x.dtype else torch.float32
+        return v.to(dtype).contiguous(memory_format=self.form)
+
     def empty(self, channels: int) -> Tensor:
         """A new tensor beside x of that many channels."""
         shape = (self.x.shape[0], channels, *self.x.shape[2:])

@@ -1,8 +1,9 @@
 """The injection of the time embedding where no norm stands beside it.
 
-    y = (x + add) (1 + scale) + shift,  then silu where asked
+    y = (x + add) (1 + scale) + shift,  then silu where asked,  then + residual
 
-add, scale, shift hold one number a channel, or one an image and channel.
+add, scale, shift hold one number a channel, or one an image and channel; residual is an image as x is: with it and a
+convolution's bias as `add`, the end of a ResBlock is one pass.
 
 Sources: Ho 2020 (`add`); Nichol & Dhariwal 2021, section 4 (`scale`, `shift`); Perez 2018 (FiLM).
 """
@@ -29,6 +30,7 @@ def inject_ref(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
     """The formula above in plain PyTorch; arithmetic in fp32 at least, result in x's dtype."""
@@ -40,7 +42,8 @@ def inject_ref(
         y = y * (1 + _per_channel(scale.to(wide), y))
     if shift is not None:
         y = y + _per_channel(shift.to(wide), y)
-    return (functional.silu(y) if act else y).to(x.dtype)
+    y = functional.silu(y) if act else y
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
@@ -52,18 +55,20 @@ def _fake_backward(dy: Tensor, x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.act = inputs
+    *tensors, residual, ctx.act = inputs
+    # no gradient depends on its numbers
+    ctx.residual = None if residual is None else residual.dtype
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     grads = _again(ctx, dy, inputs) if torch.is_grad_enabled() else _once(ctx, dy, *inputs)
-    return (*grads, None)
+    return (*grads, None if ctx.residual is None else dy.to(ctx.residual), None)
 
 
 def _again(ctx: Any, dy: Tensor, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The gradients in torch ops, which can be differentiated again."""
+    """The gradients of all but the residual in torch ops, which can be differentiated again."""
 
     def formula(x: Tensor, add: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Tensor:
         return inject_ref(x, add=add, scale=scale, shift=shift, act=ctx.act)
@@ -87,21 +92,28 @@ def inject(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
-    """(x + add) (1 + scale) + shift, then SiLU with act=True, in one pass; (N, C, *spatial) in x's dtype and layout.
+    """(x + add) (1 + scale) + shift, then SiLU with act=True, then + residual, in one pass; in x's dtype and layout.
 
-    x (N, C, *spatial); add, scale, shift (C,) or (N, C). Twice differentiable in every tensor. Raises ValueError where
-    shapes do not fit. Ho 2020; Nichol & Dhariwal 2021, section 4.
+    x, residual (N, C, *spatial), each of any layout and float dtype (x's own costs residual no copy); add, scale,
+    shift (C,) or (N, C). Twice differentiable in every tensor. Raises ValueError where shapes do not fit, or residual
+    lies on another device than x. Ho 2020; Nichol & Dhariwal 2021, section 4.
     """
     check_numbers("inject", x, x.shape[1], per_image=True, add=add, scale=scale, shift=shift)
-    y: Tensor = library.call("inject", x, add=add, scale=scale, shift=shift, act=act)
+    if residual is not None and (residual.shape != x.shape or residual.device != x.device):
+        raise ValueError(
+            f"inject: residual is {tuple(residual.shape)} on {residual.device}; accepted: {tuple(x.shape)} on "
+            f"{x.device}, as x"
+        )
+    y: Tensor = library.call("inject", x, add=add, scale=scale, shift=shift, residual=residual, act=act)
     return y
 
 
 library.describe(
     "inject",
-    "(Tensor x, Tensor? add, Tensor? scale, Tensor? shift, bool act) -> Tensor",
+    "(Tensor x, Tensor? add, Tensor? scale, Tensor? shift, Tensor? residual, bool act) -> Tensor",
     _fake,
     setup=_setup,
     backward=_backward,

@@ -16,12 +16,15 @@ def run(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
     """`inject` by csrc/cpu/inject.cpp."""
     given = Given.of(x, None, None, None, add, scale, shift)
+    residual = given.beside(residual)
     y = native.fresh_like(x, given.form)
-    native.cpu.inject(normed(given, 1, act), y.data_ptr())
+    dtype = native.DTYPES[x.dtype if residual is None else residual.dtype]
+    native.cpu.inject(normed(given, 1, act), native.address(residual), dtype, y.data_ptr())
     return y
 
 
@@ -43,7 +46,13 @@ def run_backward(
 
 
 def refuses(
-    x: Tensor, *, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, **_: object
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    **_: object,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    return group_norm_call.refuses("cpp", x) or native.refuses(x, add, scale, shift)
+    return group_norm_call.refuses("cpp", x) or native.refuses(x, add, scale, shift, residual)

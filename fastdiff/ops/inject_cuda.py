@@ -15,6 +15,7 @@ def run(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
     """y in x's dtype and layout."""
@@ -50,7 +51,10 @@ def refuses(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     **_: object,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
+    if residual is not None:
+        return "the CUDA kernel adds no residual"
     return group_norm_call.refuses("CUDA", x) or cuda.refuses(x, add, scale, shift)

@@ -15,6 +15,7 @@ def run(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
     """act((x + add) (1 + scale) + shift) in one pass."""
@@ -63,7 +64,10 @@ def refuses(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    residual: Tensor | None = None,
     **_: object,
 ) -> str | None:
     """Why the kernels do not take these arguments, None when they do."""
+    if residual is not None:
+        return "the Triton kernel adds no residual"
     return tiles.refuses(x) or jit.refuses(x, add, scale, shift)

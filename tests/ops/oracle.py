@@ -160,11 +160,18 @@ def group_norm_silu(
 
 
 def inject(
-    x: Tensor, *, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None, act: bool = False
+    x: Tensor,
+    *,
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    act: bool = False,
 ) -> Tensor:
-    """silu or nothing of (x + add)(1 + scale) + shift."""
+    """silu or nothing of (x + add)(1 + scale) + shift, then the residual."""
     y = (x.double() + _channels(add, x, 0.0)) * (1 + _channels(scale, x, 0.0)) + _channels(shift, x, 0.0)
-    return _silu(y) if act else y
+    y = _silu(y) if act else y
+    return y if residual is None else y + residual.double()
 
 
 def time_embed(

@@ -69,8 +69,10 @@ def test_group_norm_silu_without_some_parameters(given):
 
 @pytest.mark.parametrize("act", [False, True])
 def test_inject(act):
-    x, add, scale, shift = drawn((2, 3, 4), (2, 3), (3,), (2, 3))
-    twice(lambda *a: inject(a[0], add=a[1], scale=a[2], shift=a[3], act=act), (x, add, scale, shift))
+    tensors = drawn((2, 3, 4), (2, 3), (3,), (2, 3), (2, 3, 4))
+    twice(lambda *a: inject(a[0], add=a[1], scale=a[2], shift=a[3], residual=a[4], act=act), tensors)
+    (x,) = drawn((2, 3, 4))
+    twice(lambda x: inject(x, residual=x, act=act), (x,))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -163,14 +165,14 @@ SECOND = {
         [(2, 7, 4, 3), (2, 5, 4, 3), (12,)],
     ),
     "inject of relatives": (
-        lambda x, a: inject(x * a[..., None, None], add=a, scale=a.sin(), shift=a, act=True),
-        lambda x, a: oracle.inject(x * a[..., None, None], add=a, scale=a.sin(), shift=a, act=True),
+        lambda x, a: inject(x * a[..., None, None], add=a, scale=a.sin(), shift=a, residual=x, act=True),
+        lambda x, a: oracle.inject(x * a[..., None, None], add=a, scale=a.sin(), shift=a, residual=x, act=True),
         [(2, 5, 4, 3), (2, 5)],
     ),
     "inject": (
-        lambda x, add, scale, shift: inject(x, add=add, scale=scale, shift=shift, act=True),
-        lambda x, add, scale, shift: oracle.inject(x, add=add, scale=scale, shift=shift, act=True),
-        [(2, 5, 4, 3), (2, 5), (5,), (2, 5)],
+        lambda x, add, scale, shift, r: inject(x, add=add, scale=scale, shift=shift, residual=r.sin(), act=True),
+        lambda x, add, scale, shift, r: oracle.inject(x, add=add, scale=scale, shift=shift, residual=r.sin(), act=True),
+        [(2, 5, 4, 3), (2, 5), (5,), (2, 5), (2, 5, 4, 3)],
     ),
     "q_sample": (
         lambda x0, noise: q_sample(x0, T, TABLE.to(x0.dtype), noise=noise).square(),

@@ -260,5 +260,5 @@ def test_in_a_graph(pixels, written):
 
 @pytest.mark.usefixtures("h100")
 def test_inject_in_a_graph():
-    kernels, _ = traced("inject", real(2, 12, 16, 16), real(12), None, None, True)
+    kernels, _ = traced("inject", real(2, 12, 16, 16), real(12), None, None, None, True)
     assert [k.kwargs["tensors_to_clone"] for k in kernels] == [["y"]]

@@ -159,7 +159,7 @@ COMPILED = {
         lambda x: group_norm_silu(x.to(memory_format=torch.channels_last), 2, None, None, scale=x[:, :, 0, 0]),
         (2, 4, 5, 3),
     ),
-    "inject": (lambda x: inject(x, add=x[:, :, 0], shift=torch.ones(4), act=True), (2, 4, 5)),
+    "inject": (lambda x: inject(x, add=x[:, :, 0], shift=torch.ones(4), residual=2 * x, act=True), (2, 4, 5)),
     "time_embed": (lambda t: time_embed(t, 7, flip=True, scale=3.0), (5,)),
 }
 
