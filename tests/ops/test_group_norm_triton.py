@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from fastdiff.ops import group_norm_silu_triton, inject_triton, jit, library
 from tests.ops import aot
+from tests.ops.describe import FLOATS
 from tests.ops.test_triton_traced import fake, real, traced  # noqa: F401
 
 if jit.INTERPRETED:
@@ -210,7 +211,7 @@ def test_code_for(target):
 @pytest.mark.parametrize("shape", [ONE_PASS, SEAM, SPLIT, WIDE], ids=str)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_code_of_everything(target, shape, last):
-    for op, dtype in itertools.product(("forward", "backward", "inject", "inject backward"), tiles.FLOATS):
+    for op, dtype in itertools.product(("forward", "backward", "inject", "inject backward"), FLOATS):
         if (target, dtype) != ("sm_75", torch.bfloat16):
             run(op, shape, dtype, last, target)
 
