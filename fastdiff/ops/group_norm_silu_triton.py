@@ -158,11 +158,11 @@ def entries(part, add, n, add_n, c0, i, P, plane, span, splits, near, GROUP: tl.
 
 @triton.jit
 def apply_kernel(
-    x, x2, y, stats, weight, bias, add, scale, shift, add_n, scale_n, shift_n, C, C1, P, steps, splits,
+    x, x2, residual, y, stats, weight, bias, add, scale, shift, add_n, scale_n, shift_n, C, C1, P, steps, splits,
     GROUP: tl.constexpr, ACT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """y = act(A (x - M) + B); without stats that is inject's (x + add) (1 + scale) + shift."""
+    """y = act(A (x - M) + B); without stats that is inject's (x + add) (1 + scale) + shift, and residual behind it."""
     n, c0, _, p0, tiles = whereabouts(C, P, steps, splits, BLOCK_C, BLOCK_P, LAST, True)
     c = c0 + tl.arange(0, BLOCK_C)
     added = numbers(add, n, add_n, c, c < C, 0.0, BLOCK_C)
@@ -180,6 +180,8 @@ def apply_kernel(
         v = along(A, LAST) * (v - along(M, LAST)) + along(B, LAST)
         if ACT:
             v *= sigmoid(v)
+        if residual is not None:
+            v += load(residual, None, n, c0, p, C, C, P, inside, BLOCK_C, BLOCK_P, LAST, VECTOR)
         store(v, y, None, n, c0, p, C, C, P, inside, BLOCK_C, BLOCK_P, LAST, VECTOR)
 
 
@@ -224,7 +226,7 @@ def forward(given: Given, groups: int, eps: float, act: bool, plan: Tiles) -> tu
         part, given.add, stats, stride(given.add), channels, pixels, plane, plan.steps * plan.block_p, plan.splits, eps,
         GROUP=group, BLOCK=min(tiles.ENTRIES, tiles.power(group * plan.splits)),
     )  # fmt: skip
-    jit.launch(apply_kernel, grid)(x, given.x2, y, stats, *numbers, *sizes, *walk, GROUP=group, ACT=act, **block)
+    jit.launch(apply_kernel, grid)(x, given.x2, None, y, stats, *numbers, *sizes, *walk, GROUP=group, ACT=act, **block)
     return y, stats
 
 

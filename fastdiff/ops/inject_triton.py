@@ -1,4 +1,4 @@
-"""inject in Triton: the apply pass of group_norm_silu without statistics."""
+"""inject in Triton: the apply pass of group_norm_silu without statistics, and with the residual."""
 
 import torch
 from torch import Tensor
@@ -18,16 +18,17 @@ def run(
     residual: Tensor | None = None,
     act: bool = False,
 ) -> Tensor:
-    """act((x + add) (1 + scale) + shift) in one pass."""
+    """act((x + add) (1 + scale) + shift) + residual in one pass."""
     given = Given.of(x, None, None, None, add, scale, shift)
+    residual = given.beside(residual)
     n, channels, pixels = given.sizes
     y = given.empty(channels)
     if y.numel():
         plan = tiles.split(n, channels, pixels, given.last, tiles.multiprocessors(x.device))
         grid = (n * tiles.blocks(channels, plan.block_c) * plan.splits,)
         jit.launch(apply_kernel, grid)(
-            given.x, None, y, None, *tiles.numbers(given), channels, channels, pixels, plan.steps, plan.splits,
-            GROUP=1, ACT=act, **tiles.block(given, plan),
+            given.x, None, residual, y, None, *tiles.numbers(given), channels, channels, pixels,
+            plan.steps, plan.splits, GROUP=1, ACT=act, **tiles.block(given, plan),
         )  # fmt: skip
     return y
 
@@ -68,6 +69,4 @@ def refuses(
     **_: object,
 ) -> str | None:
     """Why the kernels do not take these arguments, None when they do."""
-    if residual is not None:
-        return "the Triton kernel adds no residual"
-    return tiles.refuses(x) or jit.refuses(x, add, scale, shift)
+    return tiles.refuses(x) or jit.refuses(x, add, scale, shift, residual)

@@ -71,18 +71,34 @@ def _norm_inputs(cell: Cell, g: torch.Generator) -> Args:
     }
 
 
+RESIDUALS = (None, "same", "x itself", "other layout", "cropped", *FLOATS)
+"""None; x itself; laid as x is, in x's dtype or a named one; in x's dtype, otherwise laid."""
+
+
+def _residual(kind: str | torch.dtype | None, x: Tensor, cell: Cell, g: torch.Generator) -> Tensor | None:
+    if kind is None:
+        return None
+    if kind == "x itself":
+        return x
+    v = numbers(x.shape, cell["regime"], kind if isinstance(kind, torch.dtype) else x.dtype, g)
+    layout = "contiguous" if _keeps_last(x) else "channels_last"
+    return laid(v, {"other layout": layout, "cropped": "cropped"}.get(str(kind), cell["layout"]))
+
+
 _INJECT = {
     "shape": (
         *((0, 3, 4, 4), (2, 3, 0, 4), (1, 1, 1, 1), (3, 2, 5, 7), (2, 3, 37, 29), (1, 4, 16, 16), (2, 5, 1031)),
         *((5, 7, 11, 13), (2, 2, 3, 5, 3), (2, 67, 3, 3), (1, 2, 129, 131)),
     ),
     **{k: _NORM[k] for k in ("dtype", "layout", "regime", "parameters", "add", "scale", "shift", "act")},
+    "residual": RESIDUALS,
 }
 
 
 def _inject_inputs(cell: Cell, g: torch.Generator) -> Args:
     x = laid(numbers(cell["shape"], cell["regime"], cell["dtype"], g), cell["layout"])
-    return {"x": x, **_options(cell, *cell["shape"][:2], g), "act": cell["act"]}
+    residual = _residual(cell["residual"], x, cell, g)
+    return {"x": x, **_options(cell, *cell["shape"][:2], g), "residual": residual, "act": cell["act"]}
 
 
 def _keeps_last(x: Tensor) -> bool:
@@ -116,8 +132,8 @@ def _backward(inputs: Callable[[Cell, torch.Generator], Args]) -> Callable[[Cell
         channels = args["x"].shape[1] + (0 if args.get("x2") is None else args["x2"].shape[1])
         dy = torch.randn((len(args["x"]), channels, *args["x"].shape[2:]), generator=g).to(cell["dtype"])
         names = {
-            "all": ("x", "x2", "weight", "bias", "add", "scale", "shift"),
-            "images": ("x", "x2"),
+            "all": ("x", "x2", "residual", "weight", "bias", "add", "scale", "shift"),
+            "images": ("x", "x2", "residual"),
             "parameters": ("weight", "bias", "add", "scale", "shift"),
         }[cell["by"]]
         tensors = [k for k in names if args.get(k) is not None] or ["x"]

@@ -81,3 +81,28 @@ def test_dy_of_the_other_layout(last):
     numbers = {name: given[name] for name in ("add", "scale")}
     wanted = inject_triton.run_backward(dy, x, act=True, **numbers)
     assert all(map(torch.equal, wanted, inject_triton.run_backward(other, x, act=True, **numbers)))
+
+
+RESIDUALS = {
+    "same": torch.randn_like,
+    "x itself": lambda x: x,
+    "fp32": lambda x: torch.randn_like(x, dtype=torch.float32),
+    "other dtype": lambda x: torch.randn_like(x, dtype=BF16 if x.dtype is FP16 else FP16),
+    "transposed": lambda x: torch.randn_like(x.mT.contiguous()).mT,
+    "cropped": lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] + 2).normal_()[..., 1:-1],
+}
+
+
+@pytest.mark.parametrize("kind", RESIDUALS)
+@pytest.mark.parametrize("case", [INJECTIONS[i] for i in (0, 1, 2, 4, 5, 6, 8)], ids=str)
+def test_residual_against_float64(case, kind):
+    _, x, _, _, given = tensors(case)
+    given.pop("x2")
+    torch.manual_seed(0)
+    residual = RESIDUALS[kind](x)
+    y = inject_triton.run(x, act=case.act, residual=residual, **given)
+    wide = {k: v.double() for k, v in given.items()}
+    y64 = inject_ref(x.double(), act=case.act, residual=residual.double(), **wide)
+    plain = inject_ref(x, act=case.act, residual=residual, **given)
+    assert (y.dtype, y.stride()) == (x.dtype, x.stride())
+    assert error(y, y64) <= bound(case, y64, error(plain, y64), 2)

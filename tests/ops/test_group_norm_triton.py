@@ -109,6 +109,10 @@ def launches(shape, dtype, last, op):
     each = dict.fromkeys(("add", "scale", "shift"), numbers(n, channels))
     if op == "inject":
         return aot.launches(inject_triton.run, image(channels), act=True, **each)
+    if op == "inject and residual":
+        return aot.launches(inject_triton.run, image(channels), residual=image(channels), act=True, **each)
+    if op == "inject and fp32":
+        return aot.launches(inject_triton.run, image(channels), residual=image(channels).float(), act=True, **each)
     if op == "inject backward":
         return aot.launches(inject_triton.run_backward, image(channels), image(channels), act=True, **each)
     x, each["x2"] = image(channels - shape.second), image(shape.second) if shape.second else None
@@ -132,6 +136,8 @@ TRAFFIC = {
     ("backward", "sums_kernel"): (2, 0),
     ("backward", "gradient_kernel"): (2, 1),
     ("inject", "apply_kernel"): (1, 1),
+    ("inject and residual", "apply_kernel"): (2, 1),
+    ("inject and fp32", "apply_kernel"): (3, 1),  # as bytes of bf16
     ("inject backward", "sums_kernel"): (2, 1),
 }
 
@@ -192,7 +198,10 @@ def test_code_for_sm_90(op, shape, last):
     run(op, shape, torch.bfloat16, last, "sm_90")
 
 
-@pytest.mark.parametrize("op", ["inject", "inject backward"])
+INJECTIONS = ("inject", "inject and residual", "inject backward")
+
+
+@pytest.mark.parametrize("op", [*INJECTIONS, "inject and fp32"])
 def test_code_of_inject(op):
     run(op, SPLIT, torch.bfloat16, True, "sm_90")
 
@@ -211,7 +220,7 @@ def test_code_for(target):
 @pytest.mark.parametrize("shape", [ONE_PASS, SEAM, SPLIT, WIDE], ids=str)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_code_of_everything(target, shape, last):
-    for op, dtype in itertools.product(("forward", "backward", "inject", "inject backward"), FLOATS):
+    for op, dtype in itertools.product(("forward", "backward", *INJECTIONS), FLOATS):
         if (target, dtype) != ("sm_75", torch.bfloat16):
             run(op, shape, dtype, last, target)
 
@@ -228,7 +237,7 @@ def test_the_pivot_is_rounded_before_it_is_subtracted(last):
     assert 2 * elements - 8 <= code.count(r"\bFFMA\b") <= 3.25 * elements
 
 
-@pytest.mark.parametrize("op", ["forward", "backward", "inject", "inject backward"])
+@pytest.mark.parametrize("op", ["forward", "backward", *INJECTIONS])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (1, 1, 256, 256)], ids=str)
 def test_code_where_sizes_are_one(op, size):
     """Triton makes constants of them."""
@@ -261,5 +270,7 @@ def test_in_a_graph(pixels, written):
 
 @pytest.mark.usefixtures("h100")
 def test_inject_in_a_graph():
-    kernels, _ = traced("inject", real(2, 12, 16, 16), real(12), None, None, None, True)
-    assert [k.kwargs["tensors_to_clone"] for k in kernels] == [["y"]]
+    x = real(2, 12, 16, 16)
+    for residual in (None, x, real(2, 12, 16, 16)):
+        kernels, _ = traced("inject", x, real(12), None, None, residual, True)
+        assert [k.kwargs["tensors_to_clone"] for k in kernels] == [["y"]]
