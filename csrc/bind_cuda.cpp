@@ -79,15 +79,17 @@ void step(uintptr_t x, uintptr_t h, uintptr_t x_in, int x_in_dtype, int64_t x_in
 
 cuda::PerChannel per_channel(const py::tuple& v) { return {at<float>(v[0].cast<uintptr_t>()), v[1].cast<int64_t>()}; }
 
-// (x, x2, dy, y, dx, dx2, stats, sums) addresses, (weight, bias, add, scale, shift) as (address, step an image)
-cuda::GroupNorm norm(const py::tuple& tensors, const py::tuple& numbers, int dtype, bool channels_last, bool act,
-                     int64_t images, int64_t first, int64_t channels, int64_t pixels, int groups, float eps) {
+// addresses of (x, x2, dy, residual, y, dx, dx2, stats, sums); (weight, bias, add, scale, shift) as (address, step an
+// image)
+cuda::GroupNorm norm(const py::tuple& tensors, const py::tuple& numbers, int dtype, int residual_dtype,
+                     bool channels_last, bool act, int64_t images, int64_t first, int64_t channels, int64_t pixels,
+                     int groups, float eps) {
     const auto tensor = [&](int i) { return at<void>(tensors[i].cast<uintptr_t>()); };
     const auto number = [&](int i) { return per_channel(numbers[i].cast<py::tuple>()); };
-    return {tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5),
+    return {tensor(0), tensor(1), tensor(2), tensor(3), tensor(4), tensor(5), tensor(6),
             number(0), number(1), number(2), number(3), number(4),
-            static_cast<float*>(tensor(6)), static_cast<float*>(tensor(7)), nullptr,
-            Dtype(dtype), channels_last, act, images, first, channels, pixels, groups, eps};
+            static_cast<float*>(tensor(7)), static_cast<float*>(tensor(8)), nullptr,
+            Dtype(dtype), Dtype(residual_dtype), channels_last, act, images, first, channels, pixels, groups, eps};
 }
 
 // the plan of a call, with its workspace in floats

@@ -2,7 +2,7 @@
 //
 // One pass: a tile stays in shared memory, spread over the blocks of a cluster where it is large. Two passes: partial
 // moments per channel and split, `finish` merges them in a fixed order, `apply` scales. No atomics: results repeat.
-#include "group_norm.cuh"
+#include "residual.cuh"
 
 namespace fastdiff {
 namespace cuda {
@@ -198,7 +198,7 @@ FASTDIFF_KERNEL(NORM_THREADS) inject_scales(const Norm norm) {
     scales_of(call, n)[c] = injection_scales(call, n, c);
 }
 
-template <typename V>
+template <typename V, typename R>
 FASTDIFF_KERNEL_N(NORM_THREADS, 2) apply(const Norm norm) {
     const GroupNorm& call = norm.call;
     const Plan& plan = norm.plan;
@@ -210,12 +210,20 @@ FASTDIFF_KERNEL_N(NORM_THREADS, 2) apply(const Norm norm) {
     if (!count) return;
     const Owned<V::WIDE> mine(scales_of(call, place.n) + place.channel);
     const Cursor out(call, plan, place, 0, call.channels);
-    walk<4, typename V::Raw>(
-        count, [&](int j) { return V::read(x, call.dtype, half.cursor(j)); },
-        [&](int j, const typename V::Raw& raw) {
+    struct Raw {
+        typename V::Raw x;
+        typename R::Raw residual;
+    };
+    walk<4, Raw>(
+        count,
+        [&](int j) -> Raw {
+            return {V::read(x, call.dtype, half.cursor(j)), R::read(call.residual, call.residual_dtype, out(j))};
+        },
+        [&](int j, const Raw& raw) {
             float v[V::SIZE];
-            V::widened(raw, v);
+            V::widened(raw.x, v);
             scaled<V>(call, mine, v);
+            R::add(raw.residual, v);
             V::write(call.y, call.dtype, out(j), v);
         });
 }
@@ -255,7 +263,9 @@ void group_norm(const GroupNorm& call, const Plan& plan, const Queue& queue) {
         const int64_t items = call.images * call.channels;
         launch(inject_scales, norm, (items + NORM_THREADS - 1) / NORM_THREADS, NORM_THREADS, queue);
     }
-    with_vectors(call, plan, [&](auto v) { launch(apply<decltype(v)>, norm, blocks, NORM_THREADS, queue); });
+    with_residual(call, plan, [&](auto v, auto residual) {
+        launch(apply<decltype(v), decltype(residual)>, norm, blocks, NORM_THREADS, queue);
+    });
 }
 
 }  // namespace cuda

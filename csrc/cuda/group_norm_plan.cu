@@ -21,7 +21,7 @@ int64_t lcm(int64_t a, int64_t b) {
 int bytes_of(Dtype dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 bool on_16_bytes(const GroupNorm& call) {
-    const void* tensors[] = {call.x, call.x2, call.dy, call.y, call.dx, call.dx2};
+    const void* tensors[] = {call.x, call.x2, call.dy, call.residual, call.y, call.dx, call.dx2};
     for (const void* data : tensors)
         if (reinterpret_cast<uintptr_t>(data) % 16) return false;
     const int64_t vector = 16 / bytes_of(call.dtype);

@@ -52,13 +52,14 @@ struct PerChannel {
     int64_t image;      // 0, or the channels
 };
 
-// see fastdiff/ops/group_norm_silu.py; tensors are dense, channels_last where it says so
+// see fastdiff/ops/group_norm_silu.py and inject.py; tensors are dense, channels_last where it says so
 struct GroupNorm {
     const void *x, *x2, *dy;  // x (N, first, pixels), x2 (N, channels - first, pixels); dy in the backward only
+    const void* residual;     // of the injection alone, may be null
     void *y, *dx, *dx2;
     PerChannel weight, bias, add, scale, shift;
     float *stats, *sums, *workspace;  // (N, groups, 3), (N, channels, 3 or 2), workspace_size() floats
-    Dtype dtype;
+    Dtype dtype, residual_dtype;  // residual's: the same, or fp32
     bool channels_last, act;
     int64_t images, first, channels, pixels;
     int groups;  // 0: no norm, the injection alone

@@ -8,17 +8,19 @@ from torch import Tensor
 from fastdiff.ops import cuda, group_norm_call, native
 from fastdiff.ops.group_norm_call import Given, stride
 
-_ORDER = ("dy", "y", "dx", "dx2", "stats", "sums")
+_ORDER = ("dy", "residual", "y", "dx", "dx2", "stats", "sums")
 
 
 def launch(given: Given, groups: int, *, eps: float = 0.0, act: bool, backward: bool, **others: Tensor | None) -> None:
-    """Run the norm (groups 0: the injection alone); others: dy, what it writes, the statistics."""
+    """Run the norm (groups 0: the injection alone); others: dy, the residual, what it writes, the statistics."""
     n, channels, pixels = given.sizes
+    residual = others.get("residual")
     tensors = (given.x, given.x2, *map(others.get, _ORDER))
     call = cuda.kernels.GroupNorm(
         tuple(map(native.address, tensors)),
         tuple((native.address(v), stride(v)) for v in given.small),
-        *(native.DTYPES[given.x.dtype], given.last, act),
+        *(native.DTYPES[given.x.dtype], native.DTYPES[(given.x if residual is None else residual).dtype]),
+        *(given.last, act),
         *(n, given.x.shape[1], channels, pixels, groups, eps),
     )
     index, stream = cuda.queue(given.x)

@@ -22,7 +22,7 @@ def run(
     given = Given.of(x, None, None, None, add, scale, shift)
     y = given.empty(x.shape[1])
     if y.numel():
-        group_norm_silu_cuda.launch(given, 0, act=act, backward=False, y=y)
+        group_norm_silu_cuda.launch(given, 0, act=act, backward=False, residual=given.beside(residual), y=y)
     return y
 
 
@@ -55,6 +55,4 @@ def refuses(
     **_: object,
 ) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    if residual is not None:
-        return "the CUDA kernel adds no residual"
-    return group_norm_call.refuses("CUDA", x) or cuda.refuses(x, add, scale, shift)
+    return group_norm_call.refuses("CUDA", x) or cuda.refuses(x, add, scale, shift, residual)

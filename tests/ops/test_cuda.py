@@ -283,8 +283,8 @@ def test_norm_cells(compiled, seed):
 
 def plan(kernels, device, shape, groups, dtype=0, last=True, backward=False):
     n, channels, pixels = shape
-    nothing = (0,) * 8
-    call = kernels.GroupNorm(nothing, ((0, 0),) * 5, dtype, last, True, n, channels, channels, pixels, groups, 1e-5)
+    nothing, dtypes = (0,) * 9, (dtype, dtype)
+    call = kernels.GroupNorm(nothing, ((0, 0),) * 5, *dtypes, last, True, n, channels, channels, pixels, groups, 1e-5)
     return kernels.Planned(call, kernels.Device(*device), backward).plan
 
 
@@ -398,6 +398,29 @@ def test_inject(kernels, shape, last, dtype, given):
     got = {"y": y, "dx": dx, "dadd": factor * sums[..., 0], "dscale": sums[..., 1], "dshift": sums[..., 0]}
     for key, wanted in exact.items():
         compare(got[key], own[key], wanted, key)
+
+
+@pytest.mark.parametrize("own", ["same", "x itself", "other layout", *FLOATS])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 5, 3, 7), (2, 24, 30, 30), (2, 8, 4, 2, 6)])
+def test_residual(h100, shape, last, dtype, own):
+    args = arguments(Case(shape, 1, 0, NAMES[2:], True, last, True, dtype))
+    args = {k: args[k] for k in ("x", "add", "scale", "shift", "act")}
+    x = args["x"]
+    residual = torch.randn_like(x, dtype=own if isinstance(own, torch.dtype) else dtype)
+    if own == "other layout":
+        residual = residual.movedim(1, -1).contiguous().movedim(-1, 1) if x.is_contiguous() else residual.contiguous()
+    args["residual"] = x if own == "x itself" else residual
+    y = inject_cuda.run(**args)
+    assert y.stride() == x.stride()
+    compare(y, inject_ref(**args), inject_ref(**cast(args, torch.float64)), "y")
+
+
+def test_a_residual_beside_a_boundary_of_16_bytes(h100):
+    x, r = torch.randn(2, 2, 8, 16, 16)
+    beside = torch.empty(r.numel() + 1)[1:].view(r.shape).copy_(r)
+    assert torch.equal(inject_cuda.run(x, residual=beside, act=True), inject_cuda.run(x, residual=r, act=True))
 
 
 def test_pixels_of_bytes(compiled):

@@ -45,6 +45,17 @@ BUGS = {
     "means exchanged": ("group_norm_slopes.cuh", "c.r * c.r * c2, c.r", "c.r * c.r * c1, c.r", GN[1]),
     "mean over pixels only": ("group_norm_backward.cu", "1 / ((float)call.pixels * size)", "1 / (float)call.pixels"),
     "xhat about M": ("group_norm_slopes.cuh", "fused(c.r, s2, c.d * s1)", "c.r * s2", GN[1]),
+    "residual in front of the SiLU": (
+        "group_norm.cu",
+        "scaled<V>(call, mine, v);\n            R::add(raw.residual, v);",
+        "R::add(raw.residual, v);\n            scaled<V>(call, mine, v);",
+    ),
+    "residual of x's dtype": ("residual.cuh", "call.residual_dtype == FLOAT32", "false", GN[0]),
+    "residual of the first image": (
+        "group_norm.cu",
+        "call.residual_dtype, out(j))",
+        "call.residual_dtype, out(j) - place.n * call.channels * call.pixels)",
+    ),
     "sums of a split": ("group_norm_backward.cu", "split < norm.plan.splits", "split < 1"),
 }  # fmt: skip
 

@@ -120,6 +120,17 @@ def test_norm(name):
     assert got["y"].is_contiguous(memory_format=layout(args["x"]))
 
 
+@pytest.mark.parametrize("own", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("last", [False, True])
+def test_residual(last, dtype, own):
+    args = arguments(Case((3, 24, 9, 16), 1, 0, NAMES[2:], True, last, dtype=dtype))
+    args = {k: args[k] for k in ("x", "add", "scale", "shift", "act")}
+    args["residual"] = torch.randn_like(args["x"], dtype=own or dtype)
+    y = inject_cuda.run(**there(args)).cpu()
+    compare(y, inject_ref(**args), inject_ref(**cast(args, torch.float64)), "y")
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_inject(last):
     args = arguments(Case((3, 24, 9, 16), 1, 0, NAMES[2:], True, last))

@@ -63,6 +63,13 @@ def test_sixteen_bytes_at_a_time(kernels):
                 assert k.count(WIDE_STORE) >= 1, k.name
 
 
+def test_a_residual_in_sixteen_bytes(kernels):
+    """As many words more as x has, twice as many where it is fp32 beside sixteen bits; four of x are on their way."""
+    for kind, words in (("NoResidual", 4), (r"\d+ResidualI", 8), ("WideResidual", 12)):
+        for k in named(kernels, "group_norm", "apply", "Vectors", kind):
+            assert k.count(WIDE_LOAD) >= words, k.name
+
+
 def test_instructions_of_the_noise(kernels, record_property):
     """Whole kernels, every output included, for what draws its own noise; of step_ the way of a row with x, F and z."""
     for k in [*named(kernels, "q_sample", "AccessE0", "Normal"), *named(kernels, "q_sample", "AccessE0.*Lb1E")]:
