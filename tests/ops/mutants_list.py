@@ -133,6 +133,18 @@ CPP = [
            "l < count; ++l) room[l] = p[l]", "l < count - 1; ++l) room[l] = p[l]", NORM, "group_norm"),
     Mutant("last of a tail not written", "csrc/cpu/group_norm_vector.h",
            "l < count; ++l) p[l] = room[l]", "l < count - 1; ++l) p[l] = room[l]", INJECT, "inject"),
+    Mutant("residual in front of the SiLU", "csrc/cpu/group_norm_apply.h",
+           "            if (ACT) silu(n);\n            if (beside) {\n"
+           "                FASTDIFF_ROWS n[r] += block.read(beside + at + r * panel.joined_stride);\n            }\n",
+           "            if (beside) {\n"
+           "                FASTDIFF_ROWS n[r] += block.read(beside + at + r * panel.joined_stride);\n            }\n"
+           "            if (ACT) silu(n);\n", INJECT, "inject"),
+    Mutant("residual of the first cell", "csrc/cpu/group_norm_apply.h",
+           "residual + panel.joined", "residual", INJECT, "inject"),
+    Mutant("residual of one row in four", "csrc/cpu/group_norm_apply.h",
+           "beside + at + r * panel.joined_stride", "beside + at", INJECT, "inject"),
+    Mutant("residual of x's dtype", "csrc/cpu/inject.cpp",
+           "call.residual_dtype == FLOAT32", "call.in.dtype == FLOAT32", INJECT),
     Mutant("sigmoid for the slope of the SiLU", "csrc/cpu/group_norm_vector.h",
            "t[r] = s[r] * multiply_add(", "t[r] = s[r] + 0 * multiply_add(", BACK, "group_norm_backward"),
     Mutant("mean of dn left out", "csrc/cpu/group_norm_backward.cpp",
@@ -197,6 +209,14 @@ TRITON = [
            "s * (1.0 + n * (1.0 - s))", "s * (1.0 + n * s)", BACK),
     Mutant("mean of dn xhat, Triton", "fastdiff/ops/group_norm_backward_triton.py",
            "D, E = rstd * a2, a1 + e * a2", "D, E = 0.0 * a2, a1 + e * a2", BACK),
+    Mutant("residual in front of the SiLU, Triton", "fastdiff/ops/group_norm_silu_triton.py",
+           "        if ACT:\n            v *= sigmoid(v)\n        if residual is not None:\n"
+           "            v += load(residual, None, n, c0, p, C, C, P, inside, BLOCK_C, BLOCK_P, LAST, VECTOR)\n",
+           "        if residual is not None:\n"
+           "            v += load(residual, None, n, c0, p, C, C, P, inside, BLOCK_C, BLOCK_P, LAST, VECTOR)\n"
+           "        if ACT:\n            v *= sigmoid(v)\n", INJECT),
+    Mutant("residual with x's strides, Triton", "fastdiff/ops/inject_triton.py",
+           "residual = given.beside(residual)", "residual = residual", INJECT),
     Mutant("dadd without its means, Triton", "fastdiff/ops/group_norm_backward_triton.py",
            "A * s1 - D * t - E * P)", "A * s1 - D * t)", BACK),
 ]  # fmt: skip
