@@ -137,23 +137,28 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
         """(N, outputs, *spatial), resampled; x and skip have `inputs` channels together, emb is (N, time_channels)."""
+        h = self.branch(x, emb, skip)
+        y: Tensor = self.straight(x, skip) + h
+        return y if self.divisor == 1 else y / self.divisor
+
+    def branch(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
+        """conv2(n2(conv1(resample(n1(z)))))"""
         h = self.norm1(x, x2=skip)
-        if skip is not None:
-            x = torch.cat([x, skip], 1)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
+        h = self.conv1(h if self.resample is None else self.resample(h))
         e = self.time(emb) if isinstance(emb, Tensor) else self.cut(emb)
         if self.scale_shift:
             scale, shift = e.chunk(2, -1)
             h = self.norm2(h, scale=scale, shift=shift)
         else:
             h = self.norm2(h, add=e)
-        h = self.conv2(self.dropout(h))
-        if self.shortcut is not None:
-            x = self.shortcut(x)
-        y: Tensor = x + h
-        return y if self.divisor == 1 else y / self.divisor
+        y: Tensor = self.conv2(self.dropout(h))
+        return y
+
+    def straight(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """shortcut(resample(z))"""
+        x = x if skip is None else torch.cat([x, skip], 1)
+        x = x if self.resample is None else self.resample(x)
+        return x if self.shortcut is None else self.shortcut(x)
 
     def cut(self, line: TableRow) -> Tensor:
         """e out of a line of the table."""
