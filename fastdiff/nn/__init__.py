@@ -1,7 +1,8 @@
-"""The modules: `GroupNorm`, a drop-in for torch's and apex's, `UNet`, and what a U-Net is made of."""
+"""The modules: `GroupNorm`, a drop-in for torch's and apex's, `UNet` and its parts, `prepare` for inference."""
 
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, ResBlock, Sinusoid
+from fastdiff.nn.prepare import PreparedUNet, Tactics, prepare
 from fastdiff.nn.unet import UNet
 
-__all__ = ["Attention", "GroupNorm", "ResBlock", "Sinusoid", "UNet"]
+__all__ = ["Attention", "GroupNorm", "PreparedUNet", "ResBlock", "Sinusoid", "Tactics", "UNet", "prepare"]

@@ -1,0 +1,215 @@
+"""`prepare(net)`: a U-Net as inference wants it, made of a copy of the net whose modules are swapped one by one.
+
+The copy follows the net: what was packed is checked before a call, and packed again in the same memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff.nn.follow import LAST, Follower, Packer
+from fastdiff.nn.known import is_bare
+from fastdiff.nn.layers import Nearest, ResBlock, Up
+from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
+from fastdiff.nn.unet import UNet
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Tactics(NamedTuple):
+    """What `prepare` does to a net; each can be switched off by itself. None changes the result but by rounding."""
+
+    channels_last: bool = True
+    """Weights and activations are channels_last (channels_last_3d) throughout: convolutions on tensor cores and norms
+    read and write them as they lie. Saves the transposes, of up to two maps a convolution. Nothing for dims=1."""
+
+    bias_in_norm: bool = True
+    """The norm behind a ResBlock's first convolution adds its bias: to the time embedding, once, where that is added
+    too, else by itself. Saves reading and writing one map a ResBlock where the convolution adds it in a pass of its
+    own, as cuDNN's does."""
+
+    split_shortcut: bool = True
+    """The 1x1 shortcut of cat([x, skip]) is two matrix products, the second into the result of the first. Saves
+    writing the concatenation and reading x and skip for it."""
+
+    fold_upsample: bool = True
+    """Repetition and the 3x3 convolution behind it are one transposed convolution of kernel 4, stride 2. Saves 5/9 of
+    the multiplications (19/27 in volumes) and writing and reading the repeated map, 4 (8) times the input."""
+
+    time_product: bool = True
+    """The projections of the time embedding in all ResBlocks are one matrix product a call, where no table_row is
+    given. Saves a launch a ResBlock but one."""
+
+
+def prepare(net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> PreparedUNet:
+    """A copy of `net` for inference, in `dtype` (None: as net is) and with `tactics` (None: `Tactics()`).
+
+    net stays as it is and can be trained on; the copy follows its numbers, see `PreparedUNet`. Raises TypeError for
+    anything but a UNet with the modules that UNet puts into it, ValueError for a dtype that is no float of 16 bits or
+    more and for parameters made under torch.inference_mode.
+    """
+    _check(net, dtype)
+    tactics = tactics or Tactics()
+    with torch.inference_mode(False), torch.no_grad():
+        packer = Packer(net, dtype or net.time.linear1.weight.dtype, tactics.channels_last)
+        twin: Any = packer.twin().eval()
+        return PreparedUNet(twin, swap(twin, packer, tactics), packer, tactics)
+
+
+class PreparedUNet(nn.Module):
+    """F = net(x, t, cond), as `net`, a UNet, computes it; made by `prepare`.
+
+    Parameters of `net` that are written to (optimizer.step, load_state_dict, copy_), moved or cast are packed again, in
+    the memory where their copies lie, before the next call; dtype and device stay those of `prepare`. Compiled calls
+    and captured graphs see new numbers after `refresh()`. Writes through `p.data` are counted by nobody:
+    `refresh(every=True)`. ValueError where the net has other modules or shapes than it had.
+
+    Gradients go to x and the conditions, not to weights; dropout is off.
+    """
+
+    def __init__(self, twin: UNet, times: nn.Linear | None, packer: Packer, tactics: Tactics) -> None:
+        super().__init__()
+        self.net, self.times, self.tactics = twin, times, tactics
+        self._follower: Follower = packer.fill(self)
+        self._made = packer.net, packer.dtype
+        self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
+        self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
+        self.null, self.embed = twin.null, twin.embed
+
+    def forward(
+        self, x: Tensor, t: Tensor | float | None, cond: Tensor | None = None, *, table_row: Tensor | None = None
+    ) -> Tensor:
+        """F (N, out_channels, *spatial) in the packed dtype, channels_last where x need not be; see UNet."""
+        self._follow(x)
+        if self.times is not None and table_row is None:
+            table_row = self.times(self.net.embed(t, cond, x))
+        if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
+            x = x.to(self._made[1], memory_format=LAST[x.ndim])
+        F: Tensor = self.net(x, t, cond, table_row=table_row)
+        return F
+
+    def time_table(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """(K, columns), as UNet.time_table gives it; its lines are for this net only: biases may be folded into it."""
+        self._follow(t)
+        table: Tensor = self.net.time_table(t, cond) if self.times is None else self.times(self.embed(t, cond, t))
+        return table
+
+    def refresh(self, *, every: bool = False) -> bool:
+        """Pack again, at the same addresses, what changed in the net (every: all); True where anything had."""
+        return self._follower.refresh(every=every)
+
+    def _follow(self, x: Tensor) -> None:
+        if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._follower.refresh()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise TypeError("PreparedUNet: its tensors stay where they are; move or cast the net and prepare that")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are prepared from a copy of the net."""
+        return partial(prepare, dtype=self._made[1], tactics=self.tactics), (self._made[0],)
+
+
+def swap(twin: UNet, packer: Packer, tactics: Tactics) -> nn.Linear | None:
+    """Put other modules into `twin`; returns what makes all ResBlocks' columns at once, where the tactic is on."""
+    blocks = twin.res_blocks()
+    for block in blocks:
+        block.dropout = nn.Identity()  # type: ignore[assignment]
+        if tactics.bias_in_norm:
+            _bias_in_norm(block, packer)
+    times = _times(blocks, packer) if tactics.time_product else None
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ResBlock):
+                setattr(parent, name, _res_block(child, packer, tactics))
+            elif isinstance(child, Up) and tactics.fold_upsample:
+                setattr(parent, name, _folded_up(child.conv, packer))
+    return times
+
+
+def _bias_in_norm(block: ResBlock, packer: Packer) -> None:
+    bias = _take(block.conv1, "bias")
+    if block.scale_shift:
+        block.norm2 = BiasedNorm(block.norm2, bias)  # type: ignore[assignment]
+    else:
+        block.time.bias = packer.derive(torch.add, block.time.bias, bias)
+
+
+def _take(module: nn.Module, name: str) -> nn.Parameter:
+    """The parameter, which the module then lacks."""
+    p = module._parameters[name]
+    assert p is not None
+    module._parameters[name] = None
+    return p
+
+
+def _times(blocks: list[ResBlock], packer: Packer) -> nn.Linear:
+    """The Linear of all columns; the blocks lose theirs."""
+
+    def cat(*parts: Tensor) -> Tensor:
+        return torch.cat(parts)
+
+    times = nn.Linear(1, 1, device="meta")
+    times.weight = packer.derive(cat, *(b.time.weight for b in blocks))
+    times.bias = packer.derive(cat, *(b.time.bias for b in blocks))
+    for block in blocks:
+        block.time = nn.Identity()  # type: ignore[assignment]
+    return times
+
+
+def _folded_up(conv: nn.Module, packer: Packer) -> FoldedUp:
+    return FoldedUp(packer.derive(folded, _take(conv, "weight")), conv._parameters["bias"])
+
+
+def _res_block(block: ResBlock, packer: Packer, tactics: Tactics) -> nn.Module:
+    """What stands for `block`: itself, where nothing but its children changes."""
+    resample: nn.Module | None = None
+    shortcut: Shortcut | None = None
+    if tactics.fold_upsample and isinstance(block.resample, Nearest):
+        resample, block.resample = block.resample, None
+        block.conv1 = _folded_up(block.conv1, packer)
+    if tactics.split_shortcut and block.shortcut is not None:
+        weight = packer.derive(lambda w: w.flatten(1), _take(block.shortcut, "weight"))
+        resample, shortcut = resample or block.resample, Shortcut(weight, block.shortcut._parameters["bias"])
+        block.shortcut = None
+    return block if resample is None and shortcut is None else PreparedResBlock(block, resample, shortcut)
+
+
+def _check(net: Any, dtype: torch.dtype | None) -> None:
+    """TypeError for a net that is not just what its config says, ValueError for a dtype that is none of DTYPES."""
+    if type(net) is not UNet:
+        raise TypeError(
+            f"prepare: net is a {type(net).__name__}; it packs a fastdiff.UNet that is not packed yet. "
+            "fd.patch(model) fuses the norms of any other module"
+        )
+    if dtype is not None and dtype not in DTYPES:
+        accepted = ", ".join(str(d) for d in DTYPES)
+        raise ValueError(f"prepare: dtype={dtype} is not possible; accepted: {accepted}, or None for the net's own")
+    with torch.device("meta"):
+        model = UNet(**net.config)
+    modules, wanted = dict(net.named_modules()), dict(model.named_modules())
+    for name in modules | wanted:
+        module, want = modules.get(name), wanted.get(name)
+        if type(module) is not type(want):
+            raise TypeError(
+                f"prepare: {_called(name)} is a {type(module).__name__}, where a UNet of its config has a "
+                f"{type(want).__name__}; merge adapters into the weights, or use fd.patch(net)"
+            )
+        if not is_bare(module):  # type: ignore[arg-type]
+            raise TypeError(
+                f"prepare: {_called(name)} has a hook or a forward of its own, which a copy would lose; remove it"
+            )
+    shapes = {name: p.shape for name, p in net.state_dict().items()}
+    if shapes != {name: p.shape for name, p in model.state_dict().items()}:
+        raise TypeError(
+            "prepare: net has other parameters than a UNet of its config; build UNet(**config) and load them"
+        )
+
+
+def _called(name: str) -> str:
+    return f"net.{name}" if name else "net"
