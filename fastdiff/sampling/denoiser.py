@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.nn.prepare import Tactics, prepare
 from fastdiff.sampling.forward import host_times, per_image, told_times
 from fastdiff.sampling.guidance import Cond
 from fastdiff.tables.predict import PREDICTS, predict
@@ -75,6 +76,13 @@ class Denoiser:
             meta=self.meta,
             device=self._device,
         )
+
+    def prepare(self, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> Denoiser:
+        """The same reading of the network packed for inference, in `dtype` (None: its own), see `fastdiff.nn.prepare`.
+
+        Raises TypeError for a network that is no fastdiff.UNet: `fd.patch(net)` fuses the norms of any module.
+        """
+        return self.with_net(prepare(self.net, dtype=dtype, tactics=tactics))  # type: ignore[arg-type]
 
     def _like(self) -> Tensor | None:
         parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
