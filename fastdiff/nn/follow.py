@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
 class Pack(NamedTuple):
     """A tensor with memory, and how it is made."""
 
-    target: Tensor
+    target: nn.Parameter
     recipe: Recipe
 
 
@@ -95,7 +95,7 @@ class Packer:
                         continue
                     if id(meta) not in packs:
                         packs[id(meta)] = self._pack(meta, source)
-                    tensors[key] = packs[id(meta)].target  # type: ignore[assignment]
+                    tensors[key] = packs[id(meta)].target
         return Follower(self.net, list(packs.values()))
 
     def _pack(self, meta: Tensor, source: Mapping[str, Tensor]) -> Pack:
@@ -103,7 +103,7 @@ class Packer:
         value = recipe.make(source)
         form = LAST.get(value.ndim, torch.contiguous_format) if self.channels_last else torch.contiguous_format
         target = torch.empty(value.shape, dtype=recipe.dtype, device=value.device, memory_format=form).copy_(value)
-        return Pack(nn.Parameter(target, requires_grad=False) if isinstance(meta, nn.Parameter) else target, recipe)
+        return Pack(nn.Parameter(target, requires_grad=False), recipe)
 
 
 class Follower:
@@ -126,22 +126,18 @@ class Follower:
         self._look, self._addresses = [p.data_ptr for p in flat], [p.data_ptr() for p in flat]
         # while its memory is held here, no other tensor can come to lie at a parameter's address
         self._held = [p.detach() for p in flat]
-        self._single = [
-            (d, k, p) for d in self._contents for k, p in d.items() if isinstance(p, Tensor) and p.numel() == 1
-        ]
 
     def _same(self) -> bool:
         """Whether every parameter is the object, at the address, of the version that was packed.
 
-        A dict equals another without asking for values that are the same objects. Other tensors of one element can be
-        equal; of more they raise.
+        A dict equals another without asking for values that are the same objects. Of others, tensors of one element
+        are compared, and may be equal in number; larger ones raise.
         """
         try:
             return (
                 self._contents == self._content
                 and list(map(_VERSION, self._flat)) == self._versions
                 and list(map(operator.call, self._look)) == self._addresses
-                and all(d[k] is p for d, k, p in self._single)
             )
         except RuntimeError:
             return False

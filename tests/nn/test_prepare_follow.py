@@ -128,6 +128,18 @@ def test_parameters_of_one_number() -> None:
     assert torch.equal(fast.net.out.bias, net.out.bias)
 
 
+def test_another_parameter_in_the_same_memory() -> None:
+    net = make("ddpm")
+    fast, old = prepare(net), net.out.weight
+    net.out.weight = nn.Parameter(old.data)
+    with torch.no_grad():
+        while net.out.weight._version < old._version:
+            net.out.weight.mul_(0.5)
+    assert net.out.weight._version == old._version > 0
+    assert fast.refresh()
+    assert torch.equal(fast.net.out.weight, net.out.weight)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
