@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import ResBlock, TableRow
+from fastdiff.ops.inject import inject
 
 TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 
@@ -100,20 +101,22 @@ class Shortcut(nn.Module):
 
 
 class PreparedResBlock(nn.Module):
-    """`block`, a ResBlock, with another way from its input to its output beside the convolutions.
+    """`block`, a ResBlock, with another way from its input to its output beside the convolutions, and another sum.
 
-    resample and shortcut stand for the block's own there.
+    resample or shortcut (no block of a UNet has both) stand for the block's own there; bias is that of both ways, which
+    then have none.
     """
 
-    def __init__(self, block: ResBlock, resample: nn.Module | None, shortcut: Shortcut | None) -> None:
+    def __init__(
+        self, block: ResBlock, resample: nn.Module | None, shortcut: Shortcut | None, bias: nn.Parameter | None
+    ) -> None:
         super().__init__()
-        self.block, self.resample, self.shortcut = block, resample, shortcut
+        self.block, self.resample, self.shortcut, self.bias = block, resample, shortcut, bias
 
     def forward(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
         """See ResBlock."""
         h = self.block.branch(x, emb, skip)
-        if self.resample is not None:
-            x, skip = self.resample(x), None if skip is None else self.resample(skip)
+        x = x if self.resample is None else self.resample(x)
         x = self.block.straight(x, skip) if self.shortcut is None else self.shortcut(x, skip)
-        y: Tensor = x + h
+        y: Tensor = x + h if self.bias is None else inject(h, add=self.bias, residual=x)
         return y if self.block.divisor == 1 else y / self.block.divisor

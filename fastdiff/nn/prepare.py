@@ -32,6 +32,11 @@ class Tactics(NamedTuple):
     too, else by itself. Saves reading and writing one map a ResBlock where the convolution adds it in a pass of its
     own, as cuDNN's does."""
 
+    bias_in_residual: bool = True
+    """The bias of a ResBlock's second convolution, that of its shortcut and the sum of both ways are one pass. Saves
+    reading and writing one map a bias, so two a ResBlock with a shortcut, where convolutions add theirs in passes of
+    their own."""
+
     split_shortcut: bool = True
     """The 1x1 shortcut of cat([x, skip]) is two matrix products, the second into the result of the first. Saves
     writing the concatenation and reading x and skip for it."""
@@ -170,14 +175,19 @@ def _res_block(block: ResBlock, packer: Packer, tactics: Tactics) -> nn.Module:
     """What stands for `block`: itself, where nothing but its children changes."""
     resample: nn.Module | None = None
     shortcut: Shortcut | None = None
+    bias: nn.Parameter | None = None
+    if tactics.bias_in_residual:
+        bias = _take(block.conv2, "bias")
+        if block.shortcut is not None:
+            bias = packer.derive(torch.add, bias, _take(block.shortcut, "bias"))
     if tactics.fold_upsample and isinstance(block.resample, Nearest):
         resample, block.resample = block.resample, None
         block.conv1 = _folded_up(block.conv1, packer)
     if tactics.split_shortcut and block.shortcut is not None:
         weight = packer.derive(lambda w: w.flatten(1), _take(block.shortcut, "weight"))
-        resample, shortcut = resample or block.resample, Shortcut(weight, block.shortcut._parameters["bias"])
-        block.shortcut = None
-    return block if resample is None and shortcut is None else PreparedResBlock(block, resample, shortcut)
+        shortcut, block.shortcut = Shortcut(weight, block.shortcut._parameters["bias"]), None
+    same = resample is None and shortcut is None and bias is None
+    return block if same else PreparedResBlock(block, resample, shortcut, bias)
 
 
 def _check(net: Any, dtype: torch.dtype | None) -> None:

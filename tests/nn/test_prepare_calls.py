@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdiff.nn import packed
 from fastdiff.nn.layers import ResBlock
 from fastdiff.nn.prepare import Tactics, prepare
+from fastdiff.ops.inject import inject
 from tests.nn.prepared import TACTICS, inputs, make
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,6 +87,16 @@ def test_bias_in_norm_takes_it_from_the_first_convolution(kind: str) -> None:
     without = [c for c in calls(kind, TACTICS["bias_in_norm"]).convolutions if c[2] is None]
     assert len(without) == len(blocks(kind))
     assert not [c for c in calls(kind, None).convolutions if c[2] is None]
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "adm", "line"])
+def test_bias_in_residual_is_in_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[Tensor] = []
+    monkeypatch.setattr(packed, "inject", lambda h, **given: passes.append(h) or inject(h, **given))
+    seen = calls(kind, TACTICS["bias_in_residual"])
+    shortcuts = [b for b in blocks(kind) if b.shortcut is not None]
+    assert sum(c[2] is None for c in seen.convolutions) == len(blocks(kind)) + len(shortcuts)
+    assert len(passes) == len(blocks(kind))
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "adm", "line"])
