@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastdiff.nn.follow import LAST, Follower, Packer
 from fastdiff.nn.known import is_bare
-from fastdiff.nn.layers import Nearest, ResBlock, Up
+from fastdiff.nn.layers import Deep, Nearest, ResBlock, Up
 from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
 from fastdiff.nn.unet import UNet
 
@@ -83,10 +83,16 @@ class PreparedUNet(nn.Module):
         self._made = packer.net, packer.dtype
         self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
         self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
-        self.null, self.embed = twin.null, twin.embed
+        self.null, self.embed, self.deep_shape = twin.null, twin.embed, twin.deep_shape
 
     def forward(
-        self, x: Tensor, t: Tensor | float | None, cond: Tensor | None = None, *, table_row: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | float | None,
+        cond: Tensor | None = None,
+        *,
+        table_row: Tensor | None = None,
+        deep: Deep | None = None,
     ) -> Tensor:
         """F (N, out_channels, *spatial) in the packed dtype, channels_last where x need not be; see UNet."""
         self._follow(x)
@@ -94,7 +100,7 @@ class PreparedUNet(nn.Module):
             table_row = self.times(self.net.embed(t, cond, x))
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
             x = x.to(self._made[1], memory_format=LAST[x.ndim])
-        F: Tensor = self.net(x, t, cond, table_row=table_row)
+        F: Tensor = self.net(x, t, cond, table_row=table_row, deep=deep)
         return F
 
     def time_table(self, t: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -104,8 +104,8 @@ class Denoiser:
     def channels_last(self) -> bool:
         """Whether the network's convolutions hold their weights in channels_last, and so want their input."""
         parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
-        weight = next((p for p in parameters if p.ndim == 4), None)
-        return weight is not None and weight.stride(1) == 1 != weight.stride(3)
+        weight = next((p for p in parameters if p.ndim == 4 and min(p.shape[1:]) > 1), None)
+        return weight is not None and weight.stride(1) == 1
 
     def null(self, cond: Cond, given: Cond = None) -> Cond:
         """The condition that means "none", shaped like cond: `given`, else the Denoiser's, else the network's own."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import row
+from fastdiff.nn.prepare import PreparedUNet
 from fastdiff.ops import dispatch
 from fastdiff.sampling.buffers import allocate, fill, shape_of
 from fastdiff.sampling.call import Call, conditions, numbers
@@ -154,6 +155,8 @@ class Sampler:
         call = Call(rows, n, seed, index, x, each is not None, reuse, *parts)
         draws = None if noise is None else iter(noise)
         with self._lock, _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
+            if isinstance(den.net, PreparedUNet):
+                den.net.refresh()  # a replay would not ask
             s, made = self._find(call, tuple(rest))
             fill(s, den, call)
             loop(made, s, call, each=each, noise=draws, tick=tick)

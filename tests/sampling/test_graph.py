@@ -148,6 +148,25 @@ def test_weights_that_change_in_place_are_read_and_weights_that_move_are_capture
     assert len(FakeRecorder.all) == 2  # another input dtype: other buffers
 
 
+def test_a_prepared_network_is_packed_again_in_place_and_the_graph_stays(run):
+    torch.manual_seed(0)
+    net = fd.UNet(in_channels=1, channels=8, mults=(1, 2), blocks=1, attention=(), classes=4).eval()
+    torch.nn.init.normal_(net.out.weight, std=0.02)
+    den = fd.Denoiser(net, fd.linear(), "eps").prepare(dtype=torch.bfloat16)
+    fast, slow = fd.Sampler(den, SHAPE, run), fd.Sampler(den, SHAPE, fd.eager)
+    call = {"steps": 5, "cond": torch.tensor([0, 1, 2, 3]), "guidance": fd.cfg(2.0)}
+    first = fast(**call)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.1)
+    second = fast(**call)
+    assert torch.equal(second, slow(**call))
+    assert not torch.equal(second, first)
+    assert replays() == [[2 * 5 - 2]]
+    assert den.channels_last
+    assert not fd.Denoiser(net, fd.linear()).channels_last
+
+
 def test_what_decides_the_kernels_is_captured_anew(den, run):
     fast = fd.Sampler(den, SHAPE, run)
     fast(steps=3)

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff as fd
 from fastdiff.nn.layers import Deep
+from fastdiff.nn.prepare import prepare
 from fastdiff.sampling.reuse import fresh_rows
 from tests.sampling.foreign import ForeignUNet
 from tests.sampling.recorder import FakeRecorder
@@ -47,6 +48,19 @@ def test_the_kept_part_is_the_part_that_is_left_out(kind):
     for stages in (0, len(net.up) + 1):
         with pytest.raises(ValueError, match="accepted: 1 to"):
             net.deep_shape(SHAPE, stages)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_a_prepared_network_keeps_the_same_part(kind):
+    net = network(kind)
+    fast, x, t = prepare(net), torch.randn(SHAPE), torch.tensor([3.0, 500.0])
+    kept = torch.zeros(net.deep_shape(SHAPE, 2)), torch.zeros(fast.deep_shape(SHAPE, 2))
+    with torch.no_grad():
+        for y in (x, x + 0.1):
+            fresh = y is x
+            a, b = (f(y, t, deep=Deep(2, k, fresh)) for f, k in zip((net, fast), kept, strict=True))
+            assert (a - b).norm() <= 1e-5 * a.norm()
+    assert (kept[0] - kept[1]).norm() <= 1e-5 * kept[0].norm()
 
 
 def test_which_rows_run_the_deep_part():
