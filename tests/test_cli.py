@@ -186,11 +186,11 @@ def test_any_batch_gives_the_same_images(model: Path, solver: str) -> None:
 def test_options_reach_the_sampler(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def spy(den: fd.Denoiser, shape: tuple[int, ...], solver: object = None, **options: object) -> torch.Tensor:
-        seen.update(options, shape=shape, solver=solver, backend=fd.ops.dispatch.asked(), dtype=den.dtype)
-        return torch.zeros(shape)
+    def spy(fast: fd.Sampler, solver: object = None, **options: object) -> torch.Tensor:
+        seen.update(options, solver=solver, run=fast.run, backend=fd.ops.dispatch.asked(), dtype=fast.den.dtype)
+        return torch.zeros(*options["shape"])  # type: ignore[misc]
 
-    monkeypatch.setattr(fd, "sample", spy)
+    monkeypatch.setattr(fd.Sampler, "__call__", spy)
     chosen = "--n 3 --class 4 --solver ddim --eta 0.5 --spacing leading --clip 2 --seed 9 --guidance 3 --run eager"
     assert sample(model, *chosen.split(), "--dtype", "bfloat16", "--backend", "reference", "--out", "a.npz") == 0
     assert seen["shape"] == (3, *SHAPE)
@@ -315,7 +315,7 @@ def test_interrupted(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fd, "sample", interrupted)
+    monkeypatch.setattr(fd.Sampler, "__call__", interrupted)
     assert sample(model) == 130
     assert capsys.readouterr().err.strip() == "fastdiff sample: interrupted"
     assert files() == []

@@ -53,7 +53,7 @@ class Options:
     device: str | None = opt(None, "cpu, cuda, cuda:1", "NAME", auto="cuda where there is one, else cpu")
     dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "of the network; the state is always float32")
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = opt("auto", "a backend named here runs or fails")
-    run: Literal["auto", "eager"] = opt("auto", "how the loop over the rows is run")
+    run: Literal["auto", "eager", "compiled", "graph"] = opt("auto", "the loop: auto is graph on a GPU, else eager")
     progress: bool = opt(True, "draw a progress bar")
 
 
@@ -154,24 +154,24 @@ def _sample(o: Options, den: Denoiser, labels: list[int] | None, w: float | None
         from tqdm import tqdm
 
         starts = tqdm(starts, desc="sampling", unit="batch")
-    for first in starts:
-        number = torch.arange(first, min(first + o.batch, o.n))
-        x = fd.sample(
-            den,
-            (len(number), *den.meta["shape"]),
-            o.solver,
-            steps=o.steps,
-            spacing=o.spacing,
-            seed=o.seed,
-            index=number,
-            cond=None if labels is None else torch.tensor(labels)[number],
-            guidance=None if w is None else fd.cfg(w),
-            clip=o.clip,
-            run=getattr(fd, o.run),
-            progress=o.progress and not many,
-            **options,
-        )
-        parts.append(x.cpu())
+    shape = (min(o.batch, o.n), *den.meta["shape"])
+    with fd.Sampler(den, shape, getattr(fd, o.run)) as fast:
+        for first in starts:
+            number = torch.arange(first, min(first + o.batch, o.n))
+            x = fast(
+                o.solver,
+                shape=(len(number), *den.meta["shape"]),
+                steps=o.steps,
+                spacing=o.spacing,
+                seed=o.seed,
+                index=number,
+                cond=None if labels is None else torch.tensor(labels)[number],
+                guidance=None if w is None else fd.cfg(w),
+                clip=o.clip,
+                progress=o.progress and not many,
+                **options,
+            )
+            parts.append(x.cpu())
     return torch.cat(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,10 @@ class Recorder(Protocol):
 
     def release(self) -> None:
         """All recordings are gone: give back what they shared."""
+
+
+# torch allows one capture at a time in a process
+_CAPTURING = threading.Lock()
 
 
 class Cuda:
@@ -88,7 +93,7 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         # other threads may go on with work of their own
         capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with _mended(self.device), torch.cuda.device(self.device), capturing:
+        with _CAPTURING, _mended(self.device), torch.cuda.device(self.device), capturing:
             work()
         self._bytes += torch.cuda.memory_reserved(self.device) - before
         return graph

@@ -75,6 +75,7 @@ class Sampler:
         self.den, self.run, self.shape, self.dtype, self.keep = den, run, _checked(shape), dtype, keep
         self._lock = threading.Lock()
         self._held: OrderedDict[Any, _Held] = OrderedDict()
+        self._done: torch.cuda.Event | None = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -112,6 +113,19 @@ class Sampler:
             self._held[key] = _Held(s, self.run.steps(program, s))
         self._held.move_to_end(key)
         return self._held[key]
+
+    @contextlib.contextmanager
+    def _in_order(self) -> Iterator[None]:
+        """A call on another stream than the last one's finds the buffers as that one leaves them."""
+        device = self.den.device
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        yield
+        self._done = stream.record_event()
 
     def _verdict(self, s: State, call: Call) -> None:
         """The one read after the loop: which image went wrong where."""
@@ -154,7 +168,7 @@ class Sampler:
         parts = conditions(den, rows, n, cond, guided)
         call = Call(rows, n, seed, index, x, each is not None, reuse, *parts)
         draws = None if noise is None else iter(noise)
-        with self._lock, _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
+        with self._lock, self._in_order(), _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
             if isinstance(den.net, PreparedUNet):
                 den.net.refresh()  # a replay would not ask
             s, made = self._find(call, tuple(rest))
