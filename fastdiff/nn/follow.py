@@ -58,6 +58,7 @@ class Packer:
 
     def __init__(self, net: nn.Module, dtype: torch.dtype, channels_last: bool) -> None:
         self.net, self.dtype, self.channels_last = net, dtype, channels_last
+        self.device = next(net.parameters()).device
         self._recipes: dict[int, tuple[Tensor, Recipe]] = {}  # with the stand-in: its id stays its own
 
     def _stand_in(self, recipe: Recipe) -> nn.Parameter:

@@ -108,7 +108,7 @@ class PreparedResBlock(nn.Module):
     """
 
     def __init__(
-        self, block: ResBlock, resample: nn.Module | None, shortcut: Shortcut | None, bias: nn.Parameter | None
+        self, block: ResBlock, resample: nn.Module | None, shortcut: nn.Module | None, bias: nn.Parameter | None
     ) -> None:
         super().__init__()
         self.block, self.resample, self.shortcut, self.bias = block, resample, shortcut, bias

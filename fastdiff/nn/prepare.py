@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.nn.follow import LAST, Follower, Packer
+from fastdiff.nn.fp8 import Fp8Linear, Fp8Shortcut, fits
 from fastdiff.nn.known import is_bare
-from fastdiff.nn.layers import Deep, Nearest, ResBlock, Up
+from fastdiff.nn.layers import Attention, Deep, Nearest, ResBlock, Up
 from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
 from fastdiff.nn.unet import UNet
 
@@ -21,7 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Tactics(NamedTuple):
-    """What `prepare` does to a net; each can be switched off by itself. None changes the result but by rounding."""
+    """What `prepare` does to a net; each can be switched off by itself. None but fp8 changes more than rounding."""
 
     channels_last: bool = True
     """Weights and activations are channels_last (channels_last_3d) throughout: convolutions on tensor cores and norms
@@ -48,6 +49,11 @@ class Tactics(NamedTuple):
     time_product: bool = True
     """The projections of the time embedding in all ResBlocks are one matrix product a call, where no table_row is
     given. Saves a launch a ResBlock but one."""
+
+    fp8: bool = False
+    """LOSSY, and so not on by itself: the linear layers of attention and the 1x1 shortcuts multiply in float8 (e4m3),
+    each with 2 to 5 % error (`fp8.py` has the bound). Layers whose channels are no multiples of 16, float64, and GPUs
+    older than compute capability 8.9 keep the exact product: `PreparedUNet.fp8_layers` lists those that do not."""
 
 
 def prepare(net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> PreparedUNet:
@@ -109,6 +115,12 @@ class PreparedUNet(nn.Module):
         table: Tensor = self.net.time_table(t, cond) if self.times is None else self.times(self.embed(t, cond, t))
         return table
 
+    @property
+    def fp8_layers(self) -> tuple[str, ...]:
+        """Names, in the net, of the layers that multiply in float8."""
+        made = [name for name, module in self.net.named_modules() if isinstance(module, Fp8Linear)]
+        return tuple(name.removesuffix(".product") for name in made)
+
     def refresh(self, *, every: bool = False) -> bool:
         """Pack again, at the same addresses, what changed in the net (every: all); True where anything had."""
         return self._follower.refresh(every=every)
@@ -138,6 +150,8 @@ def swap(twin: UNet, packer: Packer, tactics: Tactics) -> nn.Linear | None:
         for name, child in list(parent.named_children()):
             if isinstance(child, ResBlock):
                 setattr(parent, name, _res_block(child, packer, tactics))
+            elif isinstance(child, Attention) and tactics.fp8:
+                _fp8_attention(child, packer)
             elif isinstance(child, Up) and tactics.fold_upsample:
                 setattr(parent, name, _folded_up(child.conv, packer))
     return times
@@ -180,7 +194,7 @@ def _folded_up(conv: nn.Module, packer: Packer) -> FoldedUp:
 def _res_block(block: ResBlock, packer: Packer, tactics: Tactics) -> nn.Module:
     """What stands for `block`: itself, where nothing but its children changes."""
     resample: nn.Module | None = None
-    shortcut: Shortcut | None = None
+    shortcut: nn.Module | None = None
     bias: nn.Parameter | None = None
     if tactics.bias_in_residual:
         bias = _take(block.conv2, "bias")
@@ -189,11 +203,28 @@ def _res_block(block: ResBlock, packer: Packer, tactics: Tactics) -> nn.Module:
     if tactics.fold_upsample and isinstance(block.resample, Nearest):
         resample, block.resample = block.resample, None
         block.conv1 = _folded_up(block.conv1, packer)
-    if tactics.split_shortcut and block.shortcut is not None:
-        weight = packer.derive(lambda w: w.flatten(1), _take(block.shortcut, "weight"))
-        shortcut, block.shortcut = Shortcut(weight, block.shortcut._parameters["bias"]), None
+    if block.shortcut is not None:
+        shortcut = _shortcut(block.shortcut, packer, tactics)
+        block.shortcut = block.shortcut if shortcut is None else None
     same = resample is None and shortcut is None and bias is None
     return block if same else PreparedResBlock(block, resample, shortcut, bias)
+
+
+def _shortcut(conv: nn.Module, packer: Packer, tactics: Tactics) -> nn.Module | None:
+    """What stands for the 1x1 convolution `conv`, if anything."""
+    bias = conv._parameters["bias"]
+    narrow = tactics.fp8 and fits(conv.in_channels, conv.out_channels, packer)  # type: ignore[arg-type]
+    if not narrow and not tactics.split_shortcut:
+        return None
+    weight = packer.derive(lambda w: w.flatten(1), _take(conv, "weight"))
+    return Fp8Shortcut(Fp8Linear(packer, weight, bias)) if narrow else Shortcut(weight, bias)
+
+
+def _fp8_attention(attention: Attention, packer: Packer) -> None:
+    for name in ("qkv", "out"):
+        linear = getattr(attention, name)
+        if fits(linear.in_features, linear.out_features, packer):
+            setattr(attention, name, Fp8Linear(packer, linear.weight, linear.bias))
 
 
 def _check(net: Any, dtype: torch.dtype | None) -> None:

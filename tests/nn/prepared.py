@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "volume": ({"dims": 3, "in_channels": 2, "asymmetric": True}, (4, 2, 6)),
     "adm volume": (ADM | {"dims": 3, "in_channels": 2}, (2, 4, 4)),
 }
-NAMES = Tactics._fields
+NAMES = [name for name, on in Tactics()._asdict().items() if on]
 TACTICS = {"all": Tactics(), "none": Tactics(**dict.fromkeys(NAMES, False))}
 TACTICS |= {name: TACTICS["none"]._replace(**{name: True}) for name in NAMES}
 
