@@ -53,7 +53,7 @@ class Tactics(NamedTuple):
     fp8: bool = False
     """LOSSY, and so not on by itself: the linear layers of attention and the 1x1 shortcuts multiply in float8 (e4m3),
     each with 2 to 5 % error (`fp8.py` has the bound). Layers whose channels are no multiples of 16, float64, and GPUs
-    older than compute capability 8.9 keep the exact product: `PreparedUNet.fp8_layers` lists those that do not."""
+    older than compute capability 8.9 keep the exact product; `PreparedUNet.fp8_layers` names those in float8."""
 
 
 def prepare(net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> PreparedUNet:
