@@ -84,7 +84,7 @@ class Graph:
         """`count` rows of one kind. Raises ValueError for noise of the caller's own, CaptureError."""
         if noise is not None:
             raise ValueError("noise: a captured step draws its own, by seed and index; pass run=fd.eager")
-        with _fastest(self.benchmark):
+        with _fastest(self.benchmark), _casting():
             while count and self._warm.get(kind, 0) < _ROWS_BEFORE:
                 count -= 1
                 self._first_rows(kind, count)
@@ -177,6 +177,17 @@ def _fastest(benchmark: bool) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def _casting() -> Iterator[None]:
+    """Autocast keeps copies of weights until its block ends; a graph would go on reading them. So none are kept."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

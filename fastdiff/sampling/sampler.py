@@ -27,12 +27,15 @@ from fastdiff.sampling.state import Program, State
 
 @contextlib.contextmanager
 def _evaluating(net: Any) -> Iterator[None]:
-    """Dropout off while sampling; every module that was in training goes back to it."""
+    """Dropout off while sampling; every module that was in training goes back to it.
+
+    Not in torch.inference_mode, even where the caller is: a tensor made there cannot be written to elsewhere.
+    """
     training = [m for m in net.modules() if m.training] if isinstance(net, torch.nn.Module) else []
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module in training:

@@ -185,6 +185,30 @@ def test_what_decides_the_kernels_is_captured_anew(den, run):
     assert torch.backends.cudnn.benchmark is False
 
 
+def test_autocast_keeps_no_copies_that_a_graph_would_read(den, run):
+    kept = []
+
+    def net(x, t, cond):
+        kept.append(torch.is_autocast_cache_enabled())
+        return den.net(x, t, cond)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        fd.sample(den.with_net(net), SHAPE, steps=4, run=run)
+        assert torch.is_autocast_cache_enabled()
+    assert kept == [False] * 4
+
+
+@pytest.mark.parametrize("run", [fd.eager, fd.graph(recorder=FakeRecorder)], ids=["eager", "graph"])
+def test_calls_in_and_out_of_inference_mode(den, run):
+    fast = fd.Sampler(den, SHAPE, run)
+    call = {"solver": "heun", "steps": 4, "seed": 1, "cond": COND, "x": torch.randn(SHAPE)}
+    wanted = fast(**call)
+    for inside in (fast, fd.Sampler(den, SHAPE, run)):
+        with torch.inference_mode():
+            assert torch.equal(inside(**call | {"x": call["x"] * 1, "cond": COND * 1}), wanted)
+        assert torch.equal(inside(**call), wanted)
+
+
 def test_a_module_put_in_anothers_place_is_seen():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU())
     weights = Weights(net)
