@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 import fastdiff as fd
-from benchmarks.bench_unet import CIFAR10, SMALL
 from benchmarks.case import Case
+from benchmarks.models import DDPM, SMALL
 
 
-def case(name: str, config: dict[str, Any], batch: int, *, device: str, last: bool, compiled: bool) -> Case:
+def case(name: str, config: dict[str, Any] | None, batch: int, *, device: str, last: bool, compiled: bool) -> Case:
     """One network at one batch size and layout."""
     from diffusers import UNet2DModel
 
+    assert config is not None
     form = torch.channels_last if last else torch.contiguous_format
     torch.manual_seed(0)
     plain = UNet2DModel(**config).eval().to(device, memory_format=form)
@@ -46,8 +47,8 @@ def case(name: str, config: dict[str, Any], batch: int, *, device: str, last: bo
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
     """All lines of the report."""
     if quick:
-        yield case("small 32x32", SMALL, 4, device=device, last=True, compiled=False)
+        yield case("small 32x32", SMALL.diffusers, 4, device=device, last=True, compiled=False)
         return
     for batch in (1, 4):
         for last in (False, True):
-            yield case("DDPM CIFAR-10", CIFAR10, batch, device=device, last=last, compiled=True)
+            yield case("DDPM CIFAR-10", DDPM.diffusers, batch, device=device, last=last, compiled=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastdiff as fd
-from benchmarks.bench_unet import CIFAR10, pair
 from benchmarks.case import Case
+from benchmarks.models import DDPM, pair
+from fastdiff.sampling.run import Run
 
 STEPS = 50
 
@@ -43,17 +44,28 @@ def _their_loop(den: fd.Denoiser, x: Tensor, cond: Tensor | None, eta: float, st
 
 
 def case(
-    title: str, den: fd.Denoiser, shape: tuple[int, ...], eta: float, cond: Tensor | None = None, steps: int = STEPS
+    title: str,
+    den: fd.Denoiser,
+    shape: tuple[int, ...],
+    eta: float,
+    cond: Tensor | None = None,
+    steps: int = STEPS,
+    runs: Sequence[Run] = (fd.auto,),
 ) -> Case:
-    """One loop of `steps` DDIM steps around the same network from the same x_T."""
-    fast = fd.Sampler(den, shape)
+    """One loop of `steps` DDIM steps around the same network from the same x_T; ours by each of `runs`."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(den.device)
 
-    def ours(eta: float = eta) -> Tensor:
-        # diffusers takes the direction from the unclipped output
-        return fast("ddim", steps=steps, x=x, cond=cond, eta=eta, clip=1.0, clipped_direction=False)
+    def by(run: Run) -> Callable[..., Tensor]:
+        fast = fd.Sampler(den, shape, run=run)
 
-    variants: dict[str, Any] = {"ours": ours}
+        def loop(eta: float = eta) -> Tensor:
+            # diffusers takes the direction from the unclipped output
+            return fast("ddim", steps=steps, x=x, cond=cond, eta=eta, clip=1.0, clipped_direction=False)
+
+        return loop
+
+    ours = {"ours" if run == fd.auto else f"ours, {run!r}": by(run) for run in runs}
+    variants: dict[str, Any] = {**ours}
     skipped = {}
     try:
         variants["diffusers DDIMScheduler loop"] = _their_loop(den, x, cond, eta, steps)
@@ -64,12 +76,13 @@ def case(
         if skipped:
             return None
         # with noise the two draw different numbers: the deterministic loops are what can be compared
-        worst = float((ours(0.0) - _their_loop(den, x, cond, 0.0, steps)()).abs().max())
+        wanted = _their_loop(den, x, cond, 0.0, steps)()
+        worst = max(float((loop(0.0) - wanted).abs().max()) for loop in ours.values())
         assert worst <= 1e-3, worst
         return worst
 
     title = f"DDIM-{steps} loop, {title}, {shape}, eta {eta:g}"
-    return Case(title, "ours", variants, check, unit="ms", skipped=skipped)
+    return Case(title, "ours", variants, check, unit="ms", skipped=skipped, also=tuple(ours)[1:])
 
 
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
@@ -81,11 +94,10 @@ def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
                 yield case("no network", nothing, shape, eta)
     digits = fd.load("digits")
     digits.net.to(device)
-    for n in (1, 64):
-        yield case("digits U-Net of 0.4 M", digits, (n, 1, 8, 8), 0.0, torch.arange(n, device=device) % 10)
+    runs = (fd.auto,) if quick else (fd.auto, fd.compiled)
+    for n in (1, 8 if quick else 64):
+        yield case("digits U-Net of 0.4 M", digits, (n, 1, 8, 8), 0.0, torch.arange(n, device=device) % 10, runs=runs)
     if quick:
         return
-    net = pair(CIFAR10, device)[0]
-    # random weights at full strength make the loop chaotic: no two roundings of it would agree
-    torch.nn.init.normal_(net.out.weight, std=1e-3)
+    net = pair(DDPM, device, quiet=True).ours
     yield case("DDPM CIFAR-10", fd.Denoiser(net, fd.linear(), "eps"), (4, 3, 32, 32), 0.0, steps=10)

@@ -1,22 +1,22 @@
 """The throughput report: ours and rivals in one run, in turn, checked before they are timed.
 
     python benchmarks/run.py ops|unet|sampler|all [--device cpu|cuda] [--quick] [--only TEXT] [--rounds N]
-        [--threads N] [--out DIR]
+        [--threads N] [--out DIR] [--large]
+    python benchmarks/run.py unet|sampler --device cuda [--smoke] [--budget SECONDS] [--only TEXT] [--out DIR]
 
-Prints a table and writes <section>.json (every repetition) and <section>.md under benchmarks/results/<device>/.
+Prints a table and writes <section>.json (every repetition) and <section>.md under benchmarks/results/<device>/. On a
+GPU `unet` and `sampler` measure their rows by importance until their time is used, write after each, and keep what an
+earlier report of the same commit says of other rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 
 from benchmarks.case import Case, together  # noqa: E402
+from benchmarks.machine import machine  # noqa: E402
 from benchmarks.timing import LAUNCHES, copy_bandwidth, interleaved, launch, ratio  # noqa: E402
 
 SECTIONS = {
@@ -36,53 +37,6 @@ SECTIONS = {
 }
 LARGE = 1 << 27
 SCALE = {"us": 1e6, "ms": 1e3}
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What a reader must know to repeat a figure."""
-    import fastdiff
-
-    def version(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    changed = _git("status", "--porcelain", "--", "fastdiff", "csrc", "benchmarks/*.py")
-    return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
-        "threads": torch.get_num_threads(),
-        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else ""),
-        "date": time.strftime("%Y-%m-%d"),
-        "fastdiff": fastdiff.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", "numpy", "diffusers")},
-    }
-
-
-def _git(*args: str) -> str:
-    """What git says of this checkout, nothing where there is none."""
-    try:
-        done = subprocess.run(["git", *args], cwd=HERE.parent, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    """The processor's name and the vector instructions that decide its speed."""
-    name, flags = platform.machine(), ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            if key.strip() == "flags":
-                flags = value
-    except OSError:
-        pass
-    best = next((isa for isa in ("amx_tile", "avx512f", "avx2") if isa in flags.split()), "")
-    return f"{name} {best}".strip()
 
 
 def backends_of(device: str) -> list[str]:
@@ -163,8 +117,17 @@ def _method(rounds: int, graphs: bool) -> str:
     return text
 
 
-def report(section: str, device: str, rounds: int, quick: bool, only: str = "") -> tuple[dict[str, Any], str]:
-    """Run one section, or its cases with `only` in their titles; returns the record and the Markdown."""
+class NothingFound(ValueError):
+    """No case has the text in its title."""
+
+
+def report(
+    section: str, device: str, rounds: int, quick: bool, only: str = "", more: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """Run one section, or its cases with `only` in their titles; returns the record and the Markdown.
+
+    more: modules with further cases. Raises NothingFound with the titles that there are.
+    """
     about = machine(device)
     settle_allocator()
     copy = copy_bandwidth(device, 64 if quick else 256)
@@ -177,12 +140,13 @@ def report(section: str, device: str, rounds: int, quick: bool, only: str = "") 
         text += [f"A kernel on one number takes {1e6 * launch(device):.2f} us."]
     text += [""]
     print("\n".join(text), flush=True)
-    results = []
+    results, titles = [], []
     backends = backends_of(device)[: None if section == "ops" else 1]
-    for name in SECTIONS[section]:
+    for name in (*SECTIONS[section], *more):
         try:
             module = importlib.import_module(f"benchmarks.{name}")
             for case in together({b: module.cases(device, b, quick) for b in backends}):
+                titles.append(case.title)
                 if only not in case.title:
                     continue
                 results.append(measure(case, rounds, device, graphs))
@@ -192,36 +156,93 @@ def report(section: str, device: str, rounds: int, quick: bool, only: str = "") 
             # what is missing or does not compile here costs its own rows, not the report; a wrong result stops it
             text.append(f"{name}: the rest is skipped, {type(error).__name__}: {error}")
             print(text[-1])
+    if only and not results:
+        raise NothingFound(f"--only {only!r}: no case of {section} has it in its title; there are: {'; '.join(titles)}")
     return {"machine": about, "copy_bytes_per_second": copy, "rounds": rounds, "cases": results}, "\n".join(text)
 
 
-def main() -> int:
-    """Parse, run, write."""
+def on_gpu(section: str, args: argparse.Namespace, out: Path) -> None:
+    """The rows of `unet` or `sampler`, into files after each. Raises NothingFound."""
+    from benchmarks import markdown, networks
+    from benchmarks.budget import QUICK
+
+    given = networks.Task(section, args.device, backends_of(args.device), args.budget, args.smoke, args.only)
+    if args.quick:
+        given = given._replace(plan=QUICK, seconds=args.budget or 60.0, smoke=True)
+    if not given.items:
+        titles = "; ".join(item.title for item in given._replace(only="").items)
+        raise NothingFound(f"--only {args.only!r}: no row of {section} has it in its title; there are: {titles}")
+    found = out / f"{section}.json"
+    old = json.loads(found.read_text()) if found.exists() else None
+
+    said = 0
+
+    def save(record: dict[str, Any]) -> None:
+        nonlocal said
+        write(out, section, whole := markdown.merged(old, record), markdown.text(whole))
+        print(markdown.news(record, said), flush=True)
+        said = len(record["rows"])
+
+    networks.report(given, machine(args.device), save)
+
+
+def write(out: Path, section: str, record: dict[str, Any], text: str) -> None:
+    """Both files of a section."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{section}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{section}.md").write_text(text.rstrip() + "\n")
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=[*SECTIONS, "all"], nargs="?", default="all")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing compiled: a minute")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their titles; writes no files")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their titles; writes no files "
+                        "but into --out, and for the rows of networks on a GPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=None, help="default: 15 on a CPU, 50 on a GPU")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
-    args = parser.parse_args()
+    parser.add_argument("--large", action="store_true", help="unet on a CPU: the networks of EDM and ADM-64 too")
+    parser.add_argument("--smoke", action="store_true", help="unet and sampler on a GPU: a little of all, 5 minutes")
+    parser.add_argument("--budget", type=float, default=None, metavar="SECONDS",
+                        help="unet and sampler on a GPU: the time for all rows; default 540, smoke 300")  # fmt: skip
+    args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; pass --device cpu")
+    return args
+
+
+def main() -> int:
+    """Parse, run, write."""
+    args = parsed()
     if args.threads:
         torch.set_num_threads(args.threads)
     about = machine(args.device)
     name = "".join(c if c.isalnum() else "-" for c in about["device"].lower()).strip("-")
-    out = args.out or HERE / "results" / name / ("quick" if args.quick else "")
-    for section in SECTIONS if args.section == "all" else (args.section,):
-        rounds = args.rounds or (15 if args.device == "cpu" else 50)
-        record, text = report(section, args.device, rounds, args.quick, args.only)
-        if args.only:
+    # a report of some of the cases, or with less, does not take the place of the whole
+    out = args.out or HERE / "results" / name / ("quick" if args.quick else "smoke" if args.smoke else "")
+    missed = []
+    sections = list(SECTIONS) if args.section == "all" else [args.section]
+    for section in sections:
+        try:
+            if section != "ops" and args.device.startswith("cuda"):
+                on_gpu(section, args, out)
+            else:
+                rounds = args.rounds or (15 if args.device == "cpu" else 50)
+                more = ("bench_large",) if args.large and section == "unet" else ()
+                record, text = report(section, args.device, rounds, args.quick, args.only, more)
+                if args.only and args.out is None:
+                    continue
+                write(out, section, record, text)
+        except NothingFound as error:
+            missed.append(str(error))
             continue
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{section}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / f"{section}.md").write_text(text + "\n")
         print(f"wrote {out / section}.json and .md")
+    if len(missed) == len(sections):
+        print("\n".join(missed), file=sys.stderr)
+        return 2
     return 0
 
 

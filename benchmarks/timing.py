@@ -71,19 +71,19 @@ def _graph(calls: Sequence[Call]) -> Timer:
 
 
 def interleaved(
-    variants: Variants, *, rounds: int, floor: float = 2e-3, device: str = "cpu", graphs: bool = False
+    variants: Variants, *, rounds: int, floor: float = 2e-3, device: str = "cpu", graphs: bool = False, warm: int = 2
 ) -> dict[str, list[float]]:
     """Seconds of a call, `rounds` repetitions a variant, taken in turn.
 
     Each repetition loops the call until it lasts about `floor` seconds; the first calls of each variant (compilation,
-    caches, thread pools) are not counted. graphs: capture them on a CUDA device, for ops; whole loops are run as users
-    run them.
+    caches, thread pools), `warm` of them and one more, are not counted. graphs: capture them on a CUDA device, for ops;
+    whole loops are run as users run them.
     """
     timers: dict[str, Timer] = {}
     loops = {}
     for name, given in variants.items():
         calls = [given] if callable(given) else list(given)
-        for call in calls * 2:
+        for call in calls * warm:
             call()
         cuda = device.startswith("cuda")
         timers[name] = (_graph if graphs else _events)(calls) if cuda else _host(calls)

@@ -1,0 +1,188 @@
+"""The networks of the report: keywords of fd.UNet, and diffusers' config of the same network where there is one."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdiff as fd
+from benchmarks.plain import PlainUNet
+
+
+class Model(NamedTuple):
+    """A network that is known from a paper, with random weights."""
+
+    name: str
+    unet: dict[str, Any]
+    """Keywords of fd.UNet."""
+    size: int
+    """Pixels along an image's side."""
+    millions: float | None = None
+    """Parameters of the published network."""
+    gflop: float | None = None
+    """Multiplications and additions of the published network, an image, 10^9."""
+    weight: float = 1.0
+    """How much longer than for DDPM-CIFAR10 the compiler takes, as far as that is known before."""
+    diffusers: dict[str, Any] | None = None
+    """Keywords of diffusers' UNet2DModel, where that can be this network."""
+
+
+class Pair(NamedTuple):
+    """Our network and a rival's of the same weights, fp32, both called as net(x, t, cond)."""
+
+    ours: fd.UNet
+    theirs: nn.Module
+    label: str
+    """Whose the rival's is."""
+    missing: str | None = None
+    """Why it is not diffusers'."""
+
+
+_CIFAR10: dict[str, Any] = {  # google/ddpm-cifar10-32
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+_DDPM: dict[str, Any] = {"attention": (2,), "eps": 1e-6, "asymmetric": True, "flip": False, "shift": 1}
+
+SMALL = Model(
+    "small 32x32",
+    {"channels": 32, "mults": (1, 2), "blocks": 1, **_DDPM},
+    32,
+    diffusers={
+        **_CIFAR10,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+)
+# Ho, Jain & Abbeel 2020
+DDPM = Model(
+    "DDPM-CIFAR10",
+    {"channels": 128, "mults": (1, 2, 2, 2), "blocks": 2, **_DDPM},
+    32,
+    millions=35.75,
+    gflop=12.44,
+    diffusers=_CIFAR10,
+)
+# Karras 2022, DDPM++: theirs has attention in the last block alone of a level on the way up, and a stem of 128 channels
+EDM = Model(
+    "EDM-CIFAR-like",
+    {"channels": 128, "mults": (2, 2, 2), "blocks": 4, "attention": (2,), "resample_blocks": True, "eps": 1e-6},
+    32,
+    millions=55.73,
+    gflop=42.39,
+    weight=1.6,
+)
+# Dhariwal & Nichol 2021: 64x64, with classes
+ADM = Model(
+    "ADM-64",
+    {
+        "channels": 192,
+        "mults": (1, 2, 3, 4),
+        "blocks": 3,
+        "attention": (2, 4, 8),
+        "head_channels": 64,
+        "scale_shift": True,
+        "resample_blocks": True,
+        "classes": 1000,
+        "null_class": False,
+        "learned_variance": True,
+    },
+    64,
+    millions=295.9,
+    gflop=219.4,
+    weight=2.5,
+)
+MODELS = {model.name: model for model in (DDPM, EDM, ADM, SMALL)}
+
+
+def predicts(model: Model) -> str:
+    """How `fd.Denoiser` is to read the network."""
+    return "eps+range" if model.unet.get("learned_variance") else "eps"
+
+
+def condition(model: Model, batch: int) -> Tensor | None:
+    """A label for each image, where the network wants one."""
+    return torch.arange(batch) % model.unet["classes"] if "classes" in model.unet else None
+
+
+def build(model: Model, *, seed: int = 0, quiet: bool = False) -> fd.UNet:
+    """Our network with random weights everywhere, those that start as zeros too.
+
+    quiet: hardly any output; a loop around random weights of full strength is chaotic: no two roundings of it agree.
+    """
+    torch.manual_seed(seed)
+    net = fd.UNet(**model.unet).eval()
+    for m in net.modules():
+        if isinstance(m, nn.GroupNorm):
+            nn.init.normal_(m.weight, 1.0, 0.1)
+            nn.init.normal_(m.bias, 0.0, 0.1)
+        elif isinstance(m, nn.Conv2d | nn.Linear):
+            m.reset_parameters()
+    if quiet:
+        nn.init.normal_(net.out.weight, std=1e-3)
+    return net
+
+
+class Sample(nn.Module):
+    """diffusers' network called as ours is."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """F (N, C, H, W)."""
+        F: Tensor = self.net(x, t, return_dict=False)[0]
+        return F
+
+
+def of_diffusers(model: Model, *, seed: int = 0, quiet: bool = False) -> Pair:
+    """diffusers' network with random weights, and ours with the same. Raises ImportError, ValueError."""
+    if model.diffusers is None:
+        raise ValueError(f"diffusers has no network like {model.name}")
+    from diffusers import UNet2DModel
+
+    from fastdiff.formats.diffusers import read_unet2d
+
+    torch.manual_seed(seed)
+    theirs = UNet2DModel(**model.diffusers).eval()
+    if quiet:
+        nn.init.normal_(theirs.conv_out.weight, std=1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        ours, _ = read_unet2d(folder)
+    return Pair(ours.eval(), Sample(theirs), "diffusers")
+
+
+def pair(model: Model, device: str, *, quiet: bool = False) -> Pair:
+    """The two networks; where diffusers' cannot be had, one of torch's modules stands for it."""
+    try:
+        made = of_diffusers(model, quiet=quiet)
+    except (ImportError, ValueError) as error:
+        ours = build(model, quiet=quiet)
+        made = Pair(ours, PlainUNet(ours), "plain torch", str(error))
+    return made._replace(ours=made.ours.to(device), theirs=made.theirs.to(device))
+
+
+def count(model: Model) -> tuple[int, int]:
+    """Parameters, and multiplications plus additions of one image, counted in convolutions and matrix products."""
+    with torch.device("meta"), torch.no_grad(), fd.backend("reference"):
+        net = fd.UNet(**model.unet).eval()
+        x, t, cond = torch.empty(1, 3, model.size, model.size), torch.zeros(1), condition(model, 1)
+        with FlopCounterMode(display=False) as counter:
+            net(x, t, cond)
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
