@@ -117,10 +117,23 @@ def _nothing() -> None:
 def _attach(op: str, backend: str) -> None:
     """Register the kernels of `op`, and of `<op>_backward` where described, with torch.library."""
     module = importlib.import_module(_stem(op, backend))
+    _untraced(module.run)
     dispatch.replace(op, backend, run=module.run, missing=_nothing, refuses=_refusing(op, module.refuses))
     _define(op, backend, module.run)
     if f"{op}_backward" in _described:
+        _untraced(module.run_backward)
         _define(f"{op}_backward", backend, module.run_backward)
+
+
+def _untraced(launch: Callable[..., Any]) -> None:
+    """Keep dynamo out of a launcher and all that it calls: it would take the addresses of this call for constants.
+
+    It looks at every frame that runs eagerly inside a compiled function, as one does under a TorchDispatchMode. This is
+    torch._dynamo's own way to skip code, without the second that importing it takes.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(launch.__code__, frames._FrameExecStrategy(skip, skip))
 
 
 def _define(op: str, backend: str, run: Callable[..., Any]) -> None:

@@ -217,6 +217,26 @@ def test_compiling_is_the_first_thing_that_a_process_does():
 
 
 @needs_kernels
+@pytest.mark.filterwarnings("ignore:Using .torch.compile.module")
+def test_a_compiled_function_under_a_dispatch_mode():
+    """It runs eagerly there, and dynamo looks at what it calls: not at launchers, whose addresses are not constants."""
+    torch._dynamo.reset()
+
+    def f(x, t):
+        return group_norm_silu(x, 2, None, None) + time_embed(t, 4)[:, :, None, None]
+
+    compiled = torch.compile(f, backend="aot_eager")
+    for seed in range(3):
+        x, t = drawn(3, 4, 5, 2, seed=seed), torch.arange(3)
+        with torch.no_grad():
+            wanted = f(x, t)
+            assert torch.equal(compiled(x, t), wanted)
+            with Calls():
+                assert torch.equal(compiled(x, t), wanted)  # a warning that dynamo cannot trace them is an error here
+            assert torch.equal(compiled(x, t), wanted)
+
+
+@needs_kernels
 def test_compile_of_what_has_no_gradient():
     key, index = philox.seed_tensor(5), torch.arange(3)
     torch._dynamo.reset()
