@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from fastdiff.nn.patch import Patched as Patched, patch as patch
     from fastdiff.nn.unet import UNet as UNet
     from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable, backend as backend, why as why
+    from fastdiff.sampling.auto import auto as auto
     from fastdiff.sampling.compiled import compiled as compiled
     from fastdiff.sampling.denoiser import Denoiser as Denoiser
     from fastdiff.sampling.forward import q_sample as q_sample
-    from fastdiff.sampling.graph import CaptureError as CaptureError, auto as auto, graph as graph
+    from fastdiff.sampling.graph import CaptureError as CaptureError, graph as graph
     from fastdiff.sampling.guidance import cfg as cfg, classifier as classifier, energy as energy
     from fastdiff.sampling.reuse import deep_cache as deep_cache
     from fastdiff.sampling.run import eager as eager
@@ -67,10 +68,11 @@ _HOMES = {
     "fastdiff.nn.patch": ("Patched", "patch"),
     "fastdiff.nn.unet": ("UNet",),
     "fastdiff.ops.dispatch": ("BackendUnavailable", "backend", "why"),
+    "fastdiff.sampling.auto": ("auto",),
     "fastdiff.sampling.compiled": ("compiled",),
     "fastdiff.sampling.denoiser": ("Denoiser",),
     "fastdiff.sampling.forward": ("q_sample",),
-    "fastdiff.sampling.graph": ("CaptureError", "auto", "graph"),
+    "fastdiff.sampling.graph": ("CaptureError", "graph"),
     "fastdiff.sampling.guidance": ("cfg", "classifier", "energy"),
     "fastdiff.sampling.reuse": ("deep_cache",),
     "fastdiff.sampling.run": ("eager",),

@@ -168,6 +168,11 @@ class UNet(nn.Module):
             )
         x = x.to(self.time.linear1.weight.dtype)
         h = self.stem(2 * x - 1 if self.center_input else x)
+        F: Tensor = self.out(self.norm(self._body(h, emb, deep)))
+        return F
+
+    def _body(self, h: Tensor, emb: Tensor | TableRow, deep: Deep | None) -> Tensor:
+        """Down, middle and up; where the deep part is not to run, only what lies above it."""
         skips = [h]
         for down in self.down if deep is None or deep.fresh else self.down[: deep.stages - 1]:
             h = down(h, emb)
@@ -185,8 +190,7 @@ class UNet(nn.Module):
                 deep.kept.copy_(h)
         for stage in up[-above:]:
             h = stage(h, emb, skips.pop())
-        F: Tensor = self.out(self.norm(h))
-        return F
+        return h
 
     def deep_shape(self, shape: Sequence[int], stages: int) -> tuple[int, ...]:
         """Of `Deep.kept`, for an x of this shape. Raises ValueError for stages that the way up does not have."""

@@ -12,6 +12,7 @@ So an image's noise does not depend on batch, order, process count, layout or de
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -29,9 +30,10 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str = "cpu") -> Tenso
     """A 64-bit seed, signed or unsigned, as the (1,) int64 tensor that ops take."""
     if isinstance(seed, Tensor):
         return seed.reshape(1).to(device=device, dtype=torch.int64)
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+    number = operator.index(seed) if hasattr(seed, "__index__") else None
+    if number is None or not -(2**63) <= number < 2**64:
         raise ValueError(f"seed={seed} is no integer of 64 bits; pass one from -2**63 to 2**64 - 1")
-    return torch.tensor([seed - 2**64 if seed >= 2**63 else seed], dtype=torch.int64, device=device)
+    return torch.tensor([number - 2**64 if number >= 2**63 else number], dtype=torch.int64, device=device)
 
 
 def words(seed: Tensor, index: Tensor, step: Tensor | int, stream: int, blocks: int) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def _signature(cond: Cond) -> Any:
         return None if cond is None else (tuple(cond.shape[1:]), cond.dtype)
     if isinstance(cond, dict):
         return tuple((name, _signature(part)) for name, part in cond.items())
-    return tuple(_signature(part) for part in cond)
+    return (type(cond), *map(_signature, cond))
 
 
 def allocate(shape: Shape, call: Call) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,26 +45,37 @@ class Recorder(Protocol):
         """All recordings are gone: give back what they shared."""
 
 
-# torch allows one capture at a time in a process
-_CAPTURING = threading.Lock()
+# One capture at a time, and nothing else of ours beside it: what torch is told for it holds for the whole process, and
+# its allocator takes no orders meanwhile.
+_ALONE = threading.RLock()
+# one for all captures on a device: torch has 32 streams and gives them out in turn, and cuBLAS a workspace to each
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return _streams[device]
 
 
 class Cuda:
-    """Captures on a stream of its own into one pool of memory, which all recordings share: no two run at a time."""
+    """Captures on a side stream into one pool of memory, which all recordings share: no two run at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device, self.stream = device, _side_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self._bytes = 0
 
     def warm(self, work: Callable[[], None]) -> None:
         """The work itself, on the side stream, in order with the caller's."""
         caller = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(caller)
-        with torch.cuda.stream(self.stream):
-            work()
-        caller.wait_stream(self.stream)
+        with _ALONE:
+            self.stream.wait_stream(caller)
+            try:
+                with torch.cuda.stream(self.stream):
+                    work()
+            finally:
+                caller.wait_stream(self.stream)
 
     def probe(self, work: Callable[[], None]) -> str | None:
         """file:line. A capture that fails leaves a mess behind, so that it is not tried."""
@@ -77,26 +89,44 @@ class Cuda:
         return waits[0][0] if waits else None
 
     def _waits(self, work: Callable[[], None], last: LastOp | None = None) -> list[tuple[str, str]]:
-        before = torch.cuda.get_sync_debug_mode()
         # by an error instead of a warning, other threads would be hit
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+        with _ALONE, _debugged("warn"):
             return warned(lambda: self.warm(work), "synchronizing CUDA operation", last)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
 
     def record(self, work: Callable[[], None]) -> Recorded:
         """A torch.cuda.CUDAGraph of the work."""
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on with work of their own
-        capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
-        with _CAPTURING, _mended(self.device), torch.cuda.device(self.device), capturing:
-            work()
-        self._bytes += torch.cuda.memory_reserved(self.device) - before
+        with _ALONE:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self.device)
+            graph = torch.cuda.CUDAGraph()
+            # other threads may go on with work of their own
+            capturing = torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local")
+            with self._mended(), torch.cuda.device(self.device), capturing:
+                work()
+            self._bytes += torch.cuda.memory_reserved(self.device) - before
         return graph
+
+    @contextmanager
+    def _mended(self) -> Iterator[None]:
+        """After a capture that failed, torch is left on the side stream, its generator and its allocator waiting for
+        the capture's end.
+        """
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        caller, generator = torch.cuda.current_stream(self.device), torch.cuda.default_generators[index]
+        state = generator.get_state()
+        try:
+            yield
+        except BaseException:
+            torch.cuda.set_stream(caller)
+            fresh = torch.Generator(self.device)
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+                torch._C._cuda_releasePool(index, self.pool)
+            self.pool = torch.cuda.graph_pool_handle()
+            raise
 
     def memory(self) -> int:
         """What the allocator reserved for the captures."""
@@ -104,23 +134,23 @@ class Cuda:
 
     def release(self) -> None:
         """The pool is empty now; its blocks go back to the device."""
-        self._bytes = 0
-        torch.cuda.empty_cache()
+        with _ALONE:
+            self._bytes = 0
+            self.pool = torch.cuda.graph_pool_handle()
+            torch.cuda.empty_cache()
 
 
 @contextmanager
-def _mended(device: torch.device) -> Iterator[None]:
-    """After a capture that failed, torch is left on the side stream, its generator waiting for the capture's end."""
-    caller, generator = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index or 0]
-    state = generator.get_state()
+def _debugged(mode: str) -> Iterator[None]:
+    """torch's debug mode for ops that wait, without its remark that it is a prototype."""
+    before = torch.cuda.get_sync_debug_mode()
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode(mode)
         yield
-    except Exception:
-        torch.cuda.set_stream(caller)
-        fresh = torch.Generator(device)
-        fresh.set_state(state)
-        generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        raise
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class LastOp(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -137,11 +167,12 @@ class LastOp(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def warned(work: Callable[[], None], text: str, last: LastOp | None = None) -> list[tuple[str, str]]:
     """Do the work; the op (where a mode sees it) and file:line of each warning with `text` in it. Others pass."""
     found: list[tuple[str, str]] = []
+    mine = threading.get_ident()  # what others do meanwhile does not count
     with warnings.catch_warnings():
         others = warnings.showwarning
 
         def show(message: Any, category: Any, filename: str, lineno: int, *rest: Any) -> None:
-            if text in str(message):
+            if text in str(message) and threading.get_ident() == mine:
                 found.append(("" if last is None else last.name, f"{filename}:{lineno}"))
             else:
                 others(message, category, filename, lineno, *rest)

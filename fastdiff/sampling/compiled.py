@@ -9,13 +9,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastdiff.ops import step_
 from fastdiff.sampling.run import Run
 from fastdiff.sampling.state import Kind, Program, State
 from fastdiff.sampling.step import one_step
-
-OPTIONS = ("mode", "options", "backend")
 
 Step = Callable[[Program, State, Kind], None]
 # by network, so that every Sampler of a network finds what an earlier one compiled
@@ -24,8 +23,14 @@ _compiled: WeakKeyDictionary[Any, dict[Any, Step]] = WeakKeyDictionary()
 
 def _made(program: Program, s: State, kind: Kind, options: dict[str, Any]) -> Step:
     """The compiled step of a network for one shape and kind of row."""
-    steps = _compiled.setdefault(program.net, {})
-    key = (s.x.shape, s.x_in.shape, kind, repr(options))
+    try:
+        steps = _compiled.setdefault(program.net, {})
+    except TypeError as error:
+        raise TypeError(f"fd.compiled: the network must be hashable and take weak references: {error}") from error
+    tensors = [(t.shape, t.dtype) for t in tree_leaves(s) if isinstance(t, Tensor)]
+    # the code of an energy's function, not the function: a lambda that is made anew in each call is compiled once
+    energies = [(e.of, getattr(e.f, "__code__", e.f)) for e in program.energies]
+    key = (*tensors, *energies, kind, program.variance, program.stages, repr(options))
     if key not in steps:
 
         def step(program: Program, s: State, kind: Kind) -> None:
@@ -55,17 +60,24 @@ def _gradients(steered: bool) -> Iterator[None]:
 
 
 class Compiled:
-    """`torch.compile(fullgraph=True)` of the step, once for rows with guidance and once for those without.
+    """`torch.compile(fullgraph=True)` of the step, once for each kind of row, when one first needs it.
 
-    options: mode, options and backend of torch.compile. The step is compiled when a row first needs it.
+    mode, options, backend: of torch.compile.
     """
 
-    def __init__(self, program: Program, s: State, **options: Any) -> None:
-        unknown = [name for name in options if name not in OPTIONS]
-        if unknown:
-            raise TypeError(f"fd.compiled: unknown option {unknown[0]!r}; accepted: {', '.join(OPTIONS)}")
+    def __init__(
+        self,
+        program: Program,
+        s: State,
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+        backend: str | Callable[..., Any] | None = None,
+    ) -> None:
+        given = {"mode": mode, "options": options, "backend": backend}
         # the public op: the compiler must see a registered one, where `program` holds a kernel's own function
-        self.program, self.s, self.options = program._replace(step_=step_), s, options
+        self.program, self.s = program._replace(step_=step_), s
+        self.options = {name: value for name, value in given.items() if value is not None}
 
     def begin(self) -> None:
         """Nothing to do: the compiler's guards notice what has changed in the network."""

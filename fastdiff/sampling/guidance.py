@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdiff import row
@@ -117,6 +117,10 @@ def energy(
     """
     if not callable(f):
         raise TypeError(f"energy: f={f!r} is no function; pass f(x, t, cond) -> (N,)")
+    try:
+        hash(f)
+    except TypeError:
+        raise TypeError(f"energy: f={f!r} is not hashable, and could not be found again; pass a function") from None
     if of not in ("x0", "x_t"):
         raise ValueError(f'energy: of={of!r} is unknown; accepted: "x0", "x_t"')
     if not math.isfinite(weight):
@@ -147,6 +151,12 @@ class _Surprise:
 
     def __call__(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         return functional.cross_entropy(self.net(x, t).to(x.dtype), label, reduction="none")
+
+
+def networks(net: Any, potentials: tuple[Potential, ...]) -> list[nn.Module]:
+    """The modules that a step calls, as far as they can be seen: not what a function closes over."""
+    called = [net, *(part for e in potentials for part in (e.f, getattr(e.f, "net", None)))]
+    return [m for m in called if isinstance(m, nn.Module)]
 
 
 class Guided(NamedTuple):

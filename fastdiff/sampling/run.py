@@ -7,6 +7,7 @@ A run makes, for a set of buffers, the steps that work on them; `loop` knows the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
@@ -64,7 +65,17 @@ class Run(NamedTuple):
 
     def steps(self, program: Program, s: State) -> Steps:
         """Steps on these buffers. Raises TypeError for an option that the run does not have."""
+        if self.name != "auto":  # which has those of another
+            known(self.options, self.name, self.make)
         return self.make(program, s, **self.options)
+
+
+def known(options: Mapping[str, Any], name: str, make: Callable[..., Steps]) -> None:
+    """Raises TypeError for an option that steps of this make do not have."""
+    accepted = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    unknown = [option for option in options if option not in accepted]
+    if unknown:
+        raise TypeError(f"fd.{name}: unknown option {unknown[0]!r}; accepted: {', '.join(accepted) or 'none'}")
 
 
 class Eager:
@@ -113,7 +124,7 @@ def loop(
             continue
         for k in numbers:
             draws = noise is not None and rows[k, row.S] != 0
-            steps.run(kind, 1, _next(noise, k).to(s.x) if noise is not None and draws else None)
+            steps.run(kind, 1, _padded(_next(noise, k).to(s.x), len(s.x)) if noise is not None and draws else None)
             if each is not None and kind.watched:
                 _show(s, each, done, call.images, float(rows[k + 1, row.C_IN]))
                 done += 1
@@ -136,6 +147,11 @@ def _next(noise: Iterator[Tensor], k: int) -> Tensor:
     if z is None:
         raise ValueError(f"noise: the iterator ended before row {k}; give one z for each row that draws")
     return z
+
+
+def _padded(z: Tensor, images: int) -> Tensor:
+    """z for a batch that is padded."""
+    return z if len(z) >= images else torch.cat([z, z[-1:].expand(images - len(z), *z.shape[1:])])
 
 
 def _show(s: State, each: Each, i: int, images: int, c_in: float) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdiff.sampling.auto import auto
 from fastdiff.sampling.defaults import Solver, Spacing
 from fastdiff.sampling.denoiser import Denoiser
-from fastdiff.sampling.graph import auto
 from fastdiff.sampling.guidance import Cond, Energy, Guidance
 from fastdiff.sampling.reuse import DeepCache
 from fastdiff.sampling.run import Each, Run

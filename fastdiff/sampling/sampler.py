@@ -14,24 +14,24 @@ from torch import Tensor
 from fastdiff import row
 from fastdiff.nn.prepare import PreparedUNet
 from fastdiff.ops import dispatch
+from fastdiff.sampling.auto import auto
 from fastdiff.sampling.buffers import allocate, fill, shape_of
 from fastdiff.sampling.call import Call, conditions, numbers
 from fastdiff.sampling.defaults import Solver, Spacing, choose
 from fastdiff.sampling.denoiser import Denoiser
-from fastdiff.sampling.graph import auto
-from fastdiff.sampling.guidance import Cond, Energy, Guidance, gathered
+from fastdiff.sampling.guidance import Cond, Energy, Guidance, gathered, networks
 from fastdiff.sampling.reuse import DeepCache
 from fastdiff.sampling.run import Each, Run, Steps, loop
 from fastdiff.sampling.state import Program, State
 
 
 @contextlib.contextmanager
-def _evaluating(net: Any) -> Iterator[None]:
+def _evaluating(nets: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Dropout off while sampling; every module that was in training goes back to it.
 
     Not in torch.inference_mode, even where the caller is: a tensor made there cannot be written to elsewhere.
     """
-    training = [m for m in net.modules() if m.training] if isinstance(net, torch.nn.Module) else []
+    training = [m for net in nets for m in net.modules() if m.training]
     for module in training:
         module.training = False
     try:
@@ -79,6 +79,7 @@ class Sampler:
         self._lock = threading.Lock()
         self._held: OrderedDict[Any, _Held] = OrderedDict()
         self._done: torch.cuda.Event | None = None
+        self._owner: int | None = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -88,7 +89,9 @@ class Sampler:
 
     def close(self) -> None:
         """Free the buffers, and all that was captured for them."""
-        with self._lock:
+        with self._alone():
+            if self._done is not None:
+                self._done.synchronize()
             while self._held:
                 self._held.popitem()[1].steps.close()
 
@@ -127,8 +130,22 @@ class Sampler:
         stream = torch.cuda.current_stream(device)
         if self._done is not None:
             stream.wait_event(self._done)
-        yield
-        self._done = stream.record_event()
+        try:
+            yield
+        finally:
+            self._done = stream.record_event()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One call at a time; one from inside another, from `each` say, would wait for itself."""
+        if self._owner == threading.get_ident():
+            raise RuntimeError("a Sampler was called from within its own call; use a second one there")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
 
     def _verdict(self, s: State, call: Call) -> None:
         """The one read after the loop: which image went wrong where."""
@@ -171,9 +188,10 @@ class Sampler:
         parts = conditions(den, rows, n, cond, guided)
         call = Call(rows, n, seed, index, x, each is not None, reuse, *parts)
         draws = None if noise is None else iter(noise)
-        with self._lock, self._in_order(), _evaluating(den.net), _bar(progress, len(rows) - 1) as tick:
-            if isinstance(den.net, PreparedUNet):
-                den.net.refresh()  # a replay would not ask
+        nets = networks(den.net, call.energies)
+        with self._alone(), self._in_order(), _evaluating(nets), _bar(progress, len(rows) - 1) as tick:
+            for packed in (m for net in nets for m in net.modules() if isinstance(m, PreparedUNet)):
+                packed.refresh()  # a replay would not ask
             s, made = self._find(call, tuple(rest))
             fill(s, den, call)
             loop(made, s, call, each=each, noise=draws, tick=tick)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdiff import row
 from fastdiff.nn.layers import Deep
+from fastdiff.ops.group_norm_silu import layout
 from fastdiff.ops.step import check, x0_ref
 from fastdiff.sampling.guidance import Cond, map_cond
 from fastdiff.sampling.state import Kind, Program, State
@@ -65,8 +66,10 @@ def _steered(program: Program, s: State, kind: Kind) -> Tensor:
         x = s.x.detach().requires_grad_()
         x_in = s.x_in[:images]
         if through:
-            x_in = _doubled((r[row.C_IN] * x).to(x_in.dtype), images)
-        F = _network(program, s, x_in, kind.fresh)
+            x_in = _doubled((r[row.C_IN] * x).to(x_in.dtype), images).to(memory_format=layout(x_in))
+        # an energy of x_t asks nothing of the network, which then keeps nothing for a way back
+        with torch.set_grad_enabled(through):
+            F = _network(program, s, x_in, kind.fresh)
         total = _energy(program, s, x, x0_ref(x, F, r) if through else x)
         (grad,) = torch.autograd.grad(total, x)
     F = F.detach().to(x.dtype)

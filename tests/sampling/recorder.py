@@ -82,3 +82,8 @@ class Reads(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
         return out
+
+
+def replays():
+    """Replays of each graph, by recorder, in the order of their capture."""
+    return [[r.replays for r in recorder.recordings] for recorder in FakeRecorder.all]

@@ -1,6 +1,7 @@
 """What `Cuda` asks of torch.cuda, on one that writes it down; on a real one: test_graph_gpu.py."""
 
 import contextlib
+import threading
 import warnings
 
 import pytest
@@ -104,7 +105,7 @@ def test_after_a_capture_that_failed_torch_is_as_it_was(log):
         recorder.record(work)
     assert log[-2:] == ["back on caller", "generator: a fresh as it was"]
     assert recorder.memory() == 0
-    assert not capture._CAPTURING.locked()
+    assert recorder.pool == "pool"
 
 
 def test_a_wait_is_found_with_its_line_and_its_op(log):
@@ -121,5 +122,8 @@ def test_a_wait_is_found_with_its_line_and_its_op(log):
     assert line is not None
     assert line.startswith(__file__)
     assert recorder.probe(lambda: None) is None
+    other = threading.Thread(target=work)
+    with pytest.warns(UserWarning, match="something else"), pytest.warns(UserWarning, match="synchronizing"):
+        assert recorder.probe(lambda: (other.start(), other.join())) is None  # somebody else's
     assert recorder.culprit(lambda: None) is None
-    assert [entry for entry in log if "sync" in entry] == ["sync mode warn", "sync mode 0"] * 4
+    assert [entry for entry in log if "sync" in entry] == ["sync mode warn", "sync mode 0"] * 5

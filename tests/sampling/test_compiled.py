@@ -105,6 +105,17 @@ def test_weights_that_change_are_used(den, counter):
     assert counter.frame_count == 1
 
 
+def test_more_shapes_than_dynamo_allows_for_one_function():
+    """Capacities, dtypes of the times, forms of the condition: each has a function of its own."""
+    den = fd.Denoiser(lambda x, t, c: x / (1 + t[:, None, None, None]), fd.linear(), "eps")
+    torch._dynamo.reset()
+    fast = Sampler(den, (1, 1, 2, 2), fd.compiled(backend="eager"))
+    for steps in (5, 100, 400):
+        for solver in ("ddim", "heun"):
+            for cond in (None, torch.zeros(1), torch.zeros(1, 2), [torch.zeros(1), torch.zeros(1)]):
+                fast(solver, steps=steps, cond=cond, churn=1.0) if solver == "heun" else fast(steps=steps, cond=cond)
+
+
 def test_each_is_a_compilation_of_its_own(den):
     counter = CompileCounterWithBackend("eager")
     torch._dynamo.reset()

@@ -162,6 +162,19 @@ def test_a_learned_variance_keeps_its_half():
     assert (fd.sample(den, SHAPE, guidance=nothing, **given) - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
+def test_an_energy_of_x_t_keeps_nothing_of_the_network(den, judge):
+    """Nor does the reuse of its deep part grow into a graph of all rows."""
+    net = fd.UNet(in_channels=1, channels=8, mults=(1, 2), blocks=1, attention=()).eval()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        fast = fd.Sampler(fd.Denoiser(net, fd.vp(), "eps"), SHAPE, fd.eager)
+        pull = fd.classifier(judge, 1.0, labels=torch.tensor([1, 2, 3]))
+        fast(steps=6, guidance=pull, reuse=fd.deep_cache(2))
+    (held,) = fast._held.values()
+    assert not held.state.deep.requires_grad
+    assert sum(kept) <= 6 * 3 * 500
+
+
 def test_mistakes(den):
     def f(x, t, cond):
         return x.sum()

@@ -1,39 +1,17 @@
 """run=fd.graph and run=fd.auto: what is captured when, what is dropped when, on a recorder that replays by calling."""
 
-import gc
-import warnings
-
 import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff.sampling.graph import Weights
-from fastdiff.sampling.sampler import bucket
-from fastdiff.sampling.state import Kind
-from tests.sampling.foreign import ForeignUNet
-from tests.sampling.recorder import FakeRecorder
+from fastdiff.sampling.state import Kind, Program
+from fastdiff.sampling.surroundings import Weights
+from tests.sampling.recorder import FakeRecorder, replays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SHAPE = (4, 1, 8, 8)
 COND = torch.tensor([3, 1, 4, 1])
-
-
-@pytest.fixture
-def den():
-    torch.manual_seed(0)
-    return fd.Denoiser(ForeignUNet().eval(), fd.linear(), "eps", null=lambda c: torch.full_like(c, 10))
-
-
-@pytest.fixture
-def run():
-    FakeRecorder.forget()
-    return fd.graph(recorder=FakeRecorder)
-
-
-def replays():
-    """Replays of each graph, by recorder, in the order of their capture."""
-    return [[r.replays for r in recorder.recordings] for recorder in FakeRecorder.all]
 
 
 CALLS = [
@@ -148,6 +126,28 @@ def test_weights_that_change_in_place_are_read_and_weights_that_move_are_capture
     assert len(FakeRecorder.all) == 2  # another input dtype: other buffers
 
 
+def test_the_weights_of_a_classifier_are_watched_too(den, run):
+    judge = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 5)).train()
+
+    class Judge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = judge
+
+        def forward(self, x, t):
+            return self.net(x)
+
+    net = Judge().train()
+    fast, slow = fd.Sampler(den, SHAPE, run), fd.Sampler(den, SHAPE, fd.eager)
+    call = {"steps": 4, "guidance": fd.classifier(net, 2.0, labels=COND)}
+    first = fast(**call)
+    assert torch.equal(fast(**call), first)  # no dropout
+    assert net.training
+    judge.load_state_dict({name: 2 * p for name, p in judge.state_dict().items()}, assign=True)
+    assert torch.equal(fast(**call), slow(**call))
+    assert replays() == [[6, 2]]
+
+
 def test_a_prepared_network_is_packed_again_in_place_and_the_graph_stays(run):
     torch.manual_seed(0)
     net = fd.UNet(in_channels=1, channels=8, mults=(1, 2), blocks=1, attention=(), classes=4).eval()
@@ -185,17 +185,22 @@ def test_what_decides_the_kernels_is_captured_anew(den, run):
     assert torch.backends.cudnn.benchmark is False
 
 
-def test_autocast_keeps_no_copies_that_a_graph_would_read(den, run):
+def test_autocast_keeps_no_copies_that_a_graph_would_read(den):
     kept = []
 
-    def net(x, t, cond):
-        kept.append(torch.is_autocast_cache_enabled())
-        return den.net(x, t, cond)
+    class Recorder(FakeRecorder):
+        def warm(self, work):
+            kept.append(torch.is_autocast_cache_enabled())
+            super().warm(work)
+
+        def record(self, work):
+            kept.append(torch.is_autocast_cache_enabled())
+            return super().record(work)
 
     with torch.autocast("cpu", torch.bfloat16):
-        fd.sample(den.with_net(net), SHAPE, steps=4, run=run)
+        fd.sample(den, SHAPE, steps=4, run=fd.graph(recorder=Recorder))
         assert torch.is_autocast_cache_enabled()
-    assert kept == [False] * 4
+    assert kept == [False] * 3
 
 
 @pytest.mark.parametrize("run", [fd.eager, fd.graph(recorder=FakeRecorder)], ids=["eager", "graph"])
@@ -211,157 +216,8 @@ def test_calls_in_and_out_of_inference_mode(den, run):
 
 def test_a_module_put_in_anothers_place_is_seen():
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU())
-    weights = Weights(net)
+    weights = Weights(Program(net, None, None))
     first = weights.signature()
     assert weights.signature() == first
     net[1] = torch.nn.ReLU()
     assert weights.signature() != first
-
-
-def test_batches_are_padded_to_buckets(den, run):
-    assert [bucket(n) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 24, 25, 33)] == [
-        *(1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 16, 24, 24, 32, 48)
-    ]
-    for n in range(1, 2000):
-        assert n <= bucket(n) < max(1.5 * n, 2)
-    fast, slow = fd.Sampler(den, (10, 1, 8, 8), run), fd.Sampler(den, (10, 1, 8, 8), fd.eager)
-    cond = torch.arange(10)
-    call = {"steps": 5, "seed": 2, "eta": 1.0, "guidance": fd.cfg(2.0)}
-    whole = slow(cond=cond, **call)
-    for n in (10, 5, 6, 9, 7, 1):
-        got = fast(shape=(n, 1, 8, 8), cond=cond[:n], **call)
-        assert got.shape == (n, 1, 8, 8)
-        # another batch size is another order of sums in the matrix products
-        assert (got - whole[:n]).norm() <= 1e-5 * whole[:n].norm()
-        assert torch.equal(got, fast(shape=(n, 1, 8, 8), cond=cond[:n], **call))
-    sizes = [held.state.x.shape[0] for held in fast._held.values()]
-    assert sorted(sizes) == [1, 6, 8, 10]  # 9 went into 10
-    with pytest.raises(ValueError, match="5 images"):
-        fast(shape=(6, 1, 8, 8), steps=2, cond=cond[:5])
-
-
-def test_each_and_errors_see_no_padding(den, run):
-    fast = fd.Sampler(den, (8, 1, 8, 8), run)
-    shapes = []
-
-    def each(i, x, x0):
-        shapes.append((x.shape[0], x0.shape[0]))
-        return x
-
-    fast(steps=3, shape=(5, 1, 8, 8), each=each)
-    assert shapes == [(5, 5)] * 3
-
-    def net(x, t, cond):
-        return torch.where(x.abs().amax((1, 2, 3), keepdim=True) > 0, 0 * x, torch.nan)
-
-    z = torch.ones(5, 1, 8, 8)
-    z[4] = 0
-    with pytest.raises(FloatingPointError, match=r"image 4 .* row 0 .* 1 of 5"):
-        fd.Sampler(den.with_net(net), (8, 1, 8, 8), run)(shape=(5, 1, 8, 8), steps=2, x=z)
-
-
-def test_the_set_of_buffers_not_used_for_longest_goes(den, run):
-    fast = fd.Sampler(den, (4, 1, 8, 8), run, keep=2)
-    for n in (4, 2, 4, 3):
-        fast(steps=3, shape=(n, 1, 8, 8))
-    four, two, three = FakeRecorder.all
-    assert (len(four.living), len(two.living), len(three.living)) == (1, 0, 1)
-    assert fast.memory == 2 * FakeRecorder.size
-    fast(steps=3, shape=(2, 1, 8, 8))
-    assert not four.living
-
-
-def test_close_frees_all_and_the_sampler_begins_anew(den, run):
-    with fd.Sampler(den, SHAPE, run) as fast:
-        first = fast(steps=4)
-        assert fast.memory == FakeRecorder.size
-    (only,) = FakeRecorder.all
-    assert not only.living
-    assert only.released == 1
-    assert fast.memory == 0
-    assert not fast._held
-    assert torch.equal(fast(steps=4), first)
-    fd.sample(den, SHAPE, steps=4, run=run)
-    assert not FakeRecorder.all[-1].living  # fd.sample keeps nothing
-
-
-def test_a_graph_that_the_garbage_collector_meets(den, run):
-    fast = fd.Sampler(den, SHAPE, run)
-    fast(steps=3)
-    del fast
-    gc.collect()
-
-
-def asking(net):
-    def asks(x, t, cond):
-        return net(x, t, cond) if bool(x.sum() < 1e9) else x
-
-    return asks
-
-
-class Failing(FakeRecorder):
-    """A device whose captures fail for a reason that shows in the capture only."""
-
-    def record(self, work):
-        raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
-
-
-def test_a_graph_that_cannot_be_names_the_op_and_the_line(den, run):
-    fast = fd.Sampler(den.with_net(asking(den.net)), SHAPE, run)
-    with pytest.raises(fd.CaptureError, match=r"aten._local_scalar_dense.*\(.*:\d+\) makes.*fd.eager") as caught:
-        fast(steps=5)
-    assert len(str(caught.value).splitlines()) == 1
-    fast = fd.Sampler(den, SHAPE, fd.graph(recorder=Failing))
-    with pytest.raises(fd.CaptureError, match=r"a previous error during capture; pass run=fd.eager"):
-        fast(steps=5)
-
-
-@pytest.mark.parametrize("recorder", [FakeRecorder, Failing])
-def test_auto_falls_back_once_and_says_so(den, recorder):
-    FakeRecorder.forget()
-    net = asking(den.net) if recorder is FakeRecorder else den.net
-    fast = fd.Sampler(den.with_net(net), SHAPE, fd.auto(recorder=recorder))
-    slow = fd.Sampler(den, SHAPE, fd.eager)
-    call = {"solver": "heun", "steps": 5, "churn": 2.0, "cond": COND}
-    with pytest.warns(UserWarning, match="the step cannot be captured") as said:
-        got = fast(**call)
-    assert len(said) == 1
-    assert torch.equal(got, slow(**call))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(fast(**call), slow(**call))
-
-
-def test_other_warnings_of_a_network_pass(den, run):
-    def net(x, t, cond):
-        warnings.warn("mind the gap", stacklevel=1)
-        return den.net(x, t, cond)
-
-    with pytest.warns(UserWarning, match="mind the gap"):
-        fd.sample(den.with_net(net), SHAPE, steps=5, run=run)
-
-
-def test_auto_takes_noise_of_the_callers_own_where_a_graph_cannot(den, run):
-    noise = [torch.randn(SHAPE) for _ in range(5)]
-    call = {"solver": "ddim", "eta": 1.0, "steps": 5}
-    with pytest.raises(ValueError, match=r"run=fd\.eager"):
-        fd.sample(den, SHAPE, noise=noise, run=run, **call)
-    with pytest.raises(ValueError, match=r"run=fd\.eager"):
-        fd.sample(den, SHAPE, noise=noise, run=fd.compiled, **call)
-    wanted = fd.sample(den, SHAPE, noise=noise, run=fd.eager, **call)
-    assert torch.equal(fd.sample(den, SHAPE, noise=noise, run=fd.auto(recorder=FakeRecorder), **call), wanted)
-    assert torch.equal(fd.sample(den, SHAPE, noise=noise, **call), wanted)
-
-
-def test_mistakes(den):
-    with pytest.raises(ValueError, match="captures CUDA graphs and the network is on cpu"):
-        fd.sample(den, SHAPE, steps=2, run=fd.graph)
-    with pytest.raises(ValueError, match="unroll=0"):
-        fd.sample(den, SHAPE, steps=2, run=fd.graph(unroll=0, recorder=FakeRecorder))
-    with pytest.raises(TypeError, match="unknown option 'speed'"):
-        fd.sample(den, SHAPE, steps=2, run=fd.compiled(speed=9))
-    with pytest.raises(TypeError, match=r"pass fd.auto, fd.eager"):
-        fd.Sampler(den, SHAPE, run="graph")
-    with pytest.raises(ValueError, match="keep=0"):
-        fd.Sampler(den, SHAPE, keep=0)
-    assert repr(fd.graph(unroll=2)) == "fd.graph(unroll=2)"
