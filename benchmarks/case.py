@@ -61,4 +61,4 @@ def _one(cases: list[Case]) -> Case:
     def check() -> float | None:
         return max((worst for case in cases if (worst := case.check()) is not None), default=None)
 
-    return first._replace(variants=first.variants | kernels, check=check, also=tuple(kernels))
+    return first._replace(variants=first.variants | kernels, check=check, also=(*first.also, *kernels))
