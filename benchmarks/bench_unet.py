@@ -10,11 +10,13 @@ import torch
 
 from benchmarks.case import Case
 from benchmarks.models import DDPM, SMALL, Model, condition, pair
+from fastdiff.nn import prepare
 
 
 def case(model: Model, name: str, batch: int, *, device: str, compiled: bool) -> Case:
     """One network at one batch size."""
     ours, theirs, label, missing = pair(model, device)
+    packed = prepare(ours)
     x = torch.randn(batch, 3, model.size, model.size, generator=torch.Generator().manual_seed(0)).to(device)
     t = torch.full((batch,), 500, device=device)
     labels = condition(model, batch)
@@ -23,6 +25,7 @@ def case(model: Model, name: str, batch: int, *, device: str, compiled: bool) ->
     theirs_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
     variants: dict[str, Any] = {
         "ours": lambda: ours(x, t, cond),
+        "ours, prepared": lambda: packed(last, t, cond),
         f"{label} eager": lambda: theirs(x, t, cond),
         f"{label} eager, channels_last": lambda: theirs_last(last, t, cond),
     }
@@ -33,12 +36,13 @@ def case(model: Model, name: str, batch: int, *, device: str, compiled: bool) ->
 
     def check() -> float:
         wanted = theirs(x, t, cond)
-        worst = float((ours(x, t, cond) - wanted).norm() / wanted.norm())
+        worst = max(float((net(x, t, cond) - wanted).norm() / wanted.norm()) for net in (ours, packed))
         assert worst <= 1e-5, worst
         return worst
 
     skipped = {} if missing is None else {"diffusers": missing}
-    return Case(f"U-Net {name}, batch {batch}, fp32", "ours", variants, check, unit="ms", skipped=skipped)
+    title = f"U-Net {name}, batch {batch}, fp32"
+    return Case(title, "ours", variants, check, unit="ms", skipped=skipped, also=("ours, prepared",))
 
 
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
