@@ -43,11 +43,12 @@ class Graph:
 
     The first row of a kind is run as it is: that is the warm-up (lazy libraries, the convolutions' choices, a compiled
     network's compilation). The second shows whether the host waits for the device in it, where no graph can follow. The
-    third is captured: no work is lost. unroll: rows in one graph where so many of a
-    kind follow each other; fewer launches, a larger graph. step: the run whose step is captured, `fd.eager` or
-    `fd.compiled`. benchmark: let cuDNN try its algorithms on the first row of a kind and keep the fastest; False where
-    two processes must agree to the byte. worth: rows of a kind, run and asked for, that a capture must be good for.
-    recorder: what captures.
+    third is captured: no work is lost.
+
+    unroll: rows in one graph where so many of a kind follow each other: fewer launches, a larger graph. step: the run
+    whose step is captured, `fd.eager` or `fd.compiled`. benchmark: let cuDNN try its algorithms on the first row of a
+    kind and keep the fastest; False where two processes must agree to the byte. worth: rows of a kind, run and asked
+    for, that a capture must be good for. recorder: what captures.
     """
 
     def __init__(
