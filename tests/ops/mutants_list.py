@@ -222,6 +222,22 @@ TRITON = [
 ]  # fmt: skip
 
 SLOW = {
+    "the same noise in every tile",
+    "sin and cos exchanged",
+    "fp16 subnormals flushed",
+    "always the first slot",
+    "another stream",
+    "what is remembered is clipped first",
+    "variance for deviation",
+    "channels of a block",
+    "frequencies of the first tile",
+    "odd dim without its zero",
+    "unbiased variance",
+    "boundary of a group one off",
+    "parameters of the first image",
+    "sigmoid for the slope of the SiLU",
+    "dadd without its means",
+    "residual of the first cell",
     "noise of the first image",
     "last tile left out",
     "seed_hi left out",
