@@ -107,11 +107,14 @@ class Graph:
             self._step.run(kind, 1)
 
         key = kind, threading.get_ident()
+        ran = self._warm.get(key, 0)
         with fastest(self.benchmark), casting():
-            line = None if self._warm.get(key, 0) != 1 else self._recorder.probe(work)
-            if self._warm.get(key, 0) != 1:
+            line = None
+            if ran == 1:
+                line = self._recorder.probe(work)
+            else:
                 self._recorder.warm(work)
-            self._warm[key] = self._warm.get(key, 0) + 1
+            self._warm[key] = ran + 1
             if line is not None:
                 with _as_it_was(self.s):
                     op = self._recorder.culprit(work)
@@ -126,9 +129,9 @@ class Graph:
             raise CaptureError(why, left) from error
 
     @property
-    def captured(self) -> list[tuple[Kind, int]]:
+    def captured(self) -> list[_Made]:
         """Kind and number of rows of each graph."""
-        return [(made.kind, made.rows) for made in self._graphs]
+        return list(self._graphs)
 
     @property
     def memory(self) -> int:

@@ -65,14 +65,16 @@ class Run(NamedTuple):
 
     def steps(self, program: Program, s: State) -> Steps:
         """Steps on these buffers. Raises TypeError for an option that the run does not have."""
-        if self.name != "auto":  # which has those of another
-            known(self.options, self.name, self.make)
+        known(self.options, self.name, self.make)
         return self.make(program, s, **self.options)
 
 
 def known(options: Mapping[str, Any], name: str, make: Callable[..., Steps]) -> None:
     """Raises TypeError for an option that steps of this make do not have."""
-    accepted = [p.name for p in inspect.signature(make).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    parameters = inspect.signature(make).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return  # it hands them on, and asks there
+    accepted = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     unknown = [option for option in options if option not in accepted]
     if unknown:
         raise TypeError(f"fd.{name}: unknown option {unknown[0]!r}; accepted: {', '.join(accepted) or 'none'}")
