@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/conv.h"
 #include "cpu/group_norm.h"
 #include "cpu/kernels.h"
 
@@ -31,12 +32,15 @@ struct Kernels {
     bool (*group_norm_backward)(const GroupNormBackward&);
     bool (*inject)(const Inject&);
     bool (*inject_backward)(const InjectBackward&);
+    int64_t (*conv_room)(const Conv&);
+    void (*conv)(const Conv&);
+    void (*moments)(const float*, int64_t, int64_t, int64_t, double*, int);
 };
 
 #define FASTDIFF_KERNELS(isa, runs)                                                                             \
     {                                                                                                           \
         #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step, isa::time_embed, isa::group_norm, \
-            isa::group_norm_backward, isa::inject, isa::inject_backward                                         \
+            isa::group_norm_backward, isa::inject, isa::inject_backward, isa::conv_room, isa::conv, isa::moments \
     }
 
 #if defined(__clang__)
@@ -247,6 +251,64 @@ void inject_backward(const py::tuple& in, uintptr_t dy, uintptr_t dx, uintptr_t 
     finish(chosen.inject_backward, InjectBackward{normed(in), at<void>(dy), at<void>(dx), at<float>(sums)});
 }
 
+// What a calling thread's convolutions work in: kept from call to call, since a fresh page costs more than it is used for.
+class Scratch {
+public:
+    void* of(size_t bytes) {
+        if (bytes > bytes_) {
+            std::free(memory_);
+            bytes_ = 0;
+            const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
+            memory_ = std::aligned_alloc(PAGE, whole);
+            if (!memory_) throw std::bad_alloc();
+            bytes_ = whole;
+            advise_huge(reinterpret_cast<uintptr_t>(memory_), whole);
+        }
+        return memory_;
+    }
+    ~Scratch() { std::free(memory_); }
+
+private:
+    static constexpr size_t PAGE = size_t(1) << 21;
+    void* memory_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+thread_local Scratch scratch;
+
+// fastdiff/ops/norm_silu_conv_cpp.py builds the tuple
+void conv(const py::tuple& in) {
+    int i = 0;
+    const auto whole = [&] { return in[i++].cast<int64_t>(); };
+    const auto pointer = [&] { return at<void>(in[i++].cast<uintptr_t>()); };
+    const auto floats = [&] { return static_cast<float*>(pointer()); };
+    const auto doubles = [&] { return static_cast<double*>(pointer()); };
+    const auto per_channel = [&] {
+        const float* data = floats();
+        return PerChannel{data, whole()};
+    };
+    Conv call{};
+    Maps& maps = call.in;
+    call.kind = Kind(whole());
+    maps.x = floats(), maps.x2 = floats(), maps.x_channels = whole(), maps.channels = whole();
+    maps.images = whole(), maps.height = whole(), maps.width = whole(), maps.groups = whole();
+    maps.eps = in[i++].cast<double>();
+    maps.weight = per_channel(), maps.bias = per_channel(), maps.scale = per_channel(), maps.shift = per_channel();
+    maps.moments = doubles(), maps.moments2 = doubles(), maps.act = in[i++].cast<bool>();
+    call.weight = floats();
+    call.out.y = floats(), call.out.channels = whole(), call.out.bias = floats(), call.out.add = per_channel();
+    call.out.residual = floats(), call.out.moments = doubles();
+    call.stride = whole(), call.before = whole(), call.threads = int(whole());
+    call.room = scratch.of(size_t(chosen.conv_room(call)));
+    const py::gil_scoped_release released;
+    chosen.conv(call);
+}
+
+void moments(uintptr_t x, int64_t images, int64_t pixels, int64_t channels, uintptr_t out, int threads) {
+    const py::gil_scoped_release released;
+    chosen.moments(at<float>(x), images, pixels, channels, at<double>(out), threads);
+}
+
 #define FASTDIFF_TEXT(...) #__VA_ARGS__
 #define FASTDIFF_NAMES(...) FASTDIFF_TEXT(__VA_ARGS__)
 
@@ -270,4 +332,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("group_norm_backward", &group_norm_backward);
     m.def("inject", &inject);
     m.def("inject_backward", &inject_backward);
+    m.def("conv", &conv);
+    m.def("moments", &moments);
 }

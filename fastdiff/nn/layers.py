@@ -48,6 +48,18 @@ class Deep(NamedTuple):
     """Whether the deep part runs, and leaves its result in `kept`; else it is read from there."""
 
 
+class Map(NamedTuple):
+    """A map (N, C, H, W), and the mean and variance of each of its channels (N, C, 2) where they are known."""
+
+    x: Tensor
+    moments: Tensor | None = None
+
+
+def as_map(x: Tensor | Map) -> Map:
+    """x itself, or with moments yet to be taken."""
+    return Map(x) if isinstance(x, Tensor) else x
+
+
 class Pool(nn.Module):
     """Halves every spatial axis by the mean of 2^dims neighbours."""
 

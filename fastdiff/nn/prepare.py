@@ -15,6 +15,7 @@ from fastdiff.nn.follow import LAST, Follower, Packer
 from fastdiff.nn.fp8 import Fp8Linear, Fp8Shortcut, fits
 from fastdiff.nn.known import is_bare
 from fastdiff.nn.layers import Attention, Deep, Nearest, ResBlock, Up
+from fastdiff.nn import own
 from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
 from fastdiff.nn.unet import UNet
 
@@ -50,14 +51,24 @@ class Tactics(NamedTuple):
     """The projections of the time embedding in all ResBlocks are one matrix product a call, where no table_row is
     given. Saves a launch a ResBlock but one."""
 
+    winograd: bool = True
+    """On CPUs, in float32, for images: convolutions are C++ of ours, with the norms in front and the sums behind them in
+    their own passes; 3x3 ones by Winograd's F(4x4, 3x3), a quarter of the multiplications. A convolution then errs by a
+    few 1e-6 of its result's norm where a direct one errs by a few 1e-7. The tactics above but time_product are then
+    not looked at: nothing is left for them. `prepare(exact=True)` is the same as winograd=False."""
+
     fp8: bool = False
     """LOSSY, and so not on by itself: the linear layers of attention and the 1x1 shortcuts multiply in float8 (e4m3),
     each with 2 to 5 % error (`fp8.py` has the bound). Layers whose channels are no multiples of 16, float64, and GPUs
     older than compute capability 8.9 keep the exact product; `PreparedUNet.fp8_layers` names those in float8."""
 
 
-def prepare(net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> PreparedUNet:
+def prepare(
+    net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None, exact: bool = False
+) -> PreparedUNet:
     """A copy of `net` for inference, in `dtype` (None: as net is) and with `tactics` (None: `Tactics()`).
+
+    exact: without Winograd's convolutions, so that only rounding differs from net.
 
     net stays as it is and can be trained on; the copy follows its numbers, see `PreparedUNet`. Raises TypeError for
     anything but a UNet with the modules that UNet puts into it, ValueError for a dtype that is no float of 16 bits or
@@ -65,6 +76,8 @@ def prepare(net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | N
     """
     _check(net, dtype)
     tactics = tactics or Tactics()
+    if exact:
+        tactics = tactics._replace(winograd=False)
     with torch.inference_mode(False), torch.no_grad():
         packer = Packer(net, dtype or net.time.linear1.weight.dtype, tactics.channels_last)
         twin: Any = packer.twin().eval()
@@ -141,11 +154,15 @@ class PreparedUNet(nn.Module):
 def swap(twin: UNet, packer: Packer, tactics: Tactics) -> nn.Linear | None:
     """Put other modules into `twin`; returns what makes all ResBlocks' columns at once, where the tactic is on."""
     blocks = twin.res_blocks()
+    ours = tactics.winograd and not tactics.fp8 and own.takes(packer, twin)
     for block in blocks:
         block.dropout = nn.Identity()  # type: ignore[assignment]
-        if tactics.bias_in_norm:
+        if tactics.bias_in_norm and not ours:
             _bias_in_norm(block, packer)
     times = _times(blocks, packer) if tactics.time_product else None
+    if ours:
+        own.convolutions(twin, packer)
+        return times
     for parent in list(twin.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, ResBlock):

@@ -21,7 +21,21 @@ from torch.nn import functional
 
 from fastdiff.nn.arguments import batched, check
 from fastdiff.nn.group_norm import GroupNorm
-from fastdiff.nn.layers import Attention, Deep, Down, Nearest, Pool, ResBlock, Sinusoid, Stage, TableRow, Up, conv, zero
+from fastdiff.nn.layers import (
+    Attention,
+    Deep,
+    Down,
+    Nearest,
+    Pool,
+    ResBlock,
+    Sinusoid,
+    Stage,
+    TableRow,
+    Up,
+    as_map,
+    conv,
+    zero,
+)
 
 
 class UNet(nn.Module):
@@ -187,7 +201,7 @@ class UNet(nn.Module):
             for stage in up[: len(up) - above]:
                 h = stage(h, emb, skips.pop())
             if deep is not None:
-                deep.kept.copy_(h)
+                deep.kept.copy_(as_map(h).x)
         for stage in up[-above:]:
             h = stage(h, emb, skips.pop())
         return h

@@ -3,6 +3,7 @@
 from fastdiff.ops.dispatch import BackendUnavailable, backend, why
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.inject import inject
+from fastdiff.ops.norm_silu_conv import norm_silu_conv, pack
 from fastdiff.ops.normal import normal
 from fastdiff.ops.q_sample import q_sample
 from fastdiff.ops.step import step_
@@ -13,7 +14,9 @@ __all__ = [
     "backend",
     "group_norm_silu",
     "inject",
+    "norm_silu_conv",
     "normal",
+    "pack",
     "q_sample",
     "step_",
     "time_embed",

@@ -1,0 +1,66 @@
+// Convolutions behind a norm and in front of a sum: fastdiff/ops/norm_silu_conv.py.
+#include "conv_rows.h"
+#include "conv_tiles.h"
+
+// OpenMP's own, without its header, which is the compiler's
+extern "C" {
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
+
+namespace fastdiff {
+namespace FASTDIFF_ISA_NS {
+namespace {
+
+// body(thread, threads) on all threads at once
+template <typename Body>
+void together(int threads, const Body& body) {
+    if (threads == 1) return body(0, 1);
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
+}
+
+inline bool in_tiles(const Conv& call) { return call.kind == WINOGRAD || call.kind == WINOGRAD_UP; }
+
+}  // namespace
+
+int64_t conv_room(const Conv& call) {
+    if (in_tiles(call)) return TileRoom(call, Tiling(call)).bytes;
+    return LineRoom(call, Lines(call)).bytes;
+}
+
+void conv(const Conv& call) {
+    if (in_tiles(call)) {
+        const Tiling plan(call);
+        const TileRoom room(call, plan);
+        const auto body = call.kind == WINOGRAD_UP ? convolve_tiles<true> : convolve_tiles<false>;
+        return together(call.threads, [&](int thread, int threads) { body(call, plan, room, thread, threads); });
+    }
+    const Lines plan(call);
+    const LineRoom room(call, plan);
+    together(call.threads, [&](int thread, int threads) { convolve_lines(call, plan, room, thread, threads); });
+}
+
+void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads) {
+    constexpr int64_t RUN = 256;
+    const int64_t lanes = divided(channels, LANES);
+    together(threads, [&](int thread, int all) {
+        for (int64_t i = images * lanes * thread / all; i < images * lanes * (thread + 1) / all; ++i) {
+            const int64_t n = i / lanes, channel = i % lanes * LANES;
+            const int count = (int)smaller(LANES, channels - channel);
+            double* own = out + (n * channels + channel) * 2;
+            for (int64_t first = 0; first < pixels; first += RUN) {
+                const int64_t end = smaller(first + RUN, pixels);
+                Moments run;
+                for (int64_t p = first; p < end; ++p)
+                    run.add(read(x + (n * pixels + p) * channels + channel, count));
+                double part[2 * LANES];
+                run.finish(part, count);
+                merge(own, (double)first, part, (double)(end - first), count);
+            }
+        }
+    });
+}
+
+}  // namespace FASTDIFF_ISA_NS
+}  // namespace fastdiff

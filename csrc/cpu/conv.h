@@ -1,0 +1,54 @@
+// What conv.cpp and its relatives take; formula: fastdiff/ops/norm_silu_conv.py. Maps are fp32, (N, height, width, C).
+#pragma once
+
+#include "group_norm.h"
+
+namespace fastdiff {
+
+// z = act(norm(cat([x, x2], channels)) (1 + scale) + shift); groups = 0: z = cat([x, x2]), and nothing of a norm is read
+struct Maps {
+    const float *x, *x2;
+    int64_t x_channels, channels;
+    int64_t images, height, width;
+    int64_t groups;
+    double eps;
+    PerChannel weight, bias, scale, shift;
+    const double *moments, *moments2;  // of x, of x2: (N, C, 2), mean and variance of each channel
+    bool act;
+};
+
+// y + bias + add + residual, and the moments of that (N, C, 2); bias, add, residual, moments may be null
+struct Sum {
+    float* y;
+    int64_t channels;
+    const float* bias;
+    PerChannel add;
+    const float* residual;
+    double* moments;
+};
+
+enum Kind : int { POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED };
+
+// weight: (panels, taps, C, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
+// room: conv_room bytes at a multiple of 64
+struct Conv {
+    Kind kind;
+    Maps in;
+    const float* weight;
+    Sum out;
+    int64_t stride, before;  // STRIDED: of the window's corners, and how many zeros lie before the first pixel of an axis
+    void* room;
+    int threads;
+};
+
+#define FASTDIFF_DECLARE_CONV(isa)                \
+    namespace isa {                               \
+    int64_t conv_room(const Conv& call);          \
+    void conv(const Conv& call);                  \
+    void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads); \
+    }
+FASTDIFF_DECLARE_CONV(base)
+FASTDIFF_DECLARE_CONV(v3)
+FASTDIFF_DECLARE_CONV(v4)
+
+}  // namespace fastdiff

@@ -1,0 +1,297 @@
+// 3x3 convolutions of stride 1 by Winograd's F(4x4, 3x3), also of an image whose pixels are repeated.
+//
+// A chunk is some tiles of one image. Of a group of chunks all inputs are transformed, by lanes of channels; then each panel
+// of 32 outputs is multiplied: its weights are transformed, and of a part of the group at a time the products are made and
+// transformed back. Weights are transformed again in every call: that costs a multiplication in T, T tiles being read, and
+// keeps them at a quarter of the bytes, which at small T take longer to read than to transform.
+#pragma once
+
+#include "conv_parts.h"
+#include "product.h"
+#include "winograd.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA_NS {
+namespace {
+
+// Transformed inputs of a group stay in the third-level cache, products of a part of it in the second.
+constexpr int64_t GROUP_FLOATS = int64_t(1) << 20, GROUP_TILES = 64, PART_TILES = 64, CHUNK_TILES = 16;
+// A float behind whole pages more: what is apart by a power of two would fall into one set of a cache.
+constexpr int64_t APART = 16;
+
+struct Chunk {  // a rectangle of tiles of one image
+    int64_t image, row, column, rows, columns;
+};
+
+// How the tiles of a call are numbered, and what is done together.
+struct Tiling {
+    int64_t height, width;  // of the result
+    int64_t tall, wide;     // tiles of an image
+    int64_t rows, columns;  // of a chunk, at most
+    int64_t down, across;   // chunks of an image
+    int64_t chunks;         // of all
+    int64_t group, part;    // chunks that are transformed together, multiplied together
+    int64_t points;         // products of a tile: those with a zero are left out
+    bool up;
+
+    explicit Tiling(const Conv& call) : up(call.kind == WINOGRAD_UP) {
+        height = call.in.height << up, width = call.in.width << up;
+        tall = divided(height, TILE_OUT), wide = divided(width, TILE_OUT);
+        across = divided(wide, CHUNK_TILES), columns = divided(wide, larger(across, 1));
+        rows = larger(1, smaller(tall, CHUNK_TILES / larger(columns, 1)));
+        down = divided(tall, rows);
+        chunks = call.in.images * down * across;
+        points = up ? 25 : 36;
+        const int64_t each = larger(1, rows * columns), tiles = GROUP_FLOATS / larger(1, points * call.in.channels);
+        part = larger(1, PART_TILES / each);
+        group = smaller(chunks, larger(GROUP_TILES, tiles) / each / part * part);
+    }
+
+    // tiles before chunk i; a chunk that is no whole rows of an image is a part of one
+    int64_t tile(int64_t i) const {
+        const Chunk c = chunk(i);
+        return (c.image * tall + c.row) * wide + c.column;
+    }
+
+    Chunk chunk(int64_t i) const {
+        const int64_t r = i / across % down * rows, c = i % across * columns;
+        return {i / across / down, r, c, smaller(rows, tall - r), smaller(columns, wide - c)};
+    }
+
+    int64_t pixels(int64_t i) const {
+        const Chunk c = chunk(i);
+        return smaller(c.rows * TILE_OUT, height - c.row * TILE_OUT) *
+               smaller(c.columns * TILE_OUT, width - c.column * TILE_OUT);
+    }
+};
+
+// Where everything lies in the call's room.
+struct TileRoom {
+    int64_t numbers, partial, v, each, bytes;  // bytes from the beginning; `each`: of one thread
+    int64_t v_point, u_point, m_point;         // floats from one of the 36 to the next
+    int64_t own, own_u;                        // floats of one thread, of its weights among them
+
+    TileRoom(const Conv& call, const Tiling& p) {
+        const auto lines = [](int64_t floats) { return divided(floats, 16) * 64; };
+        v_point = p.group * p.rows * p.columns * call.in.channels + APART;
+        u_point = call.in.channels * PANEL + APART;
+        m_point = p.part * p.rows * p.columns * PANEL + APART;
+        own_u = p.points * u_point;
+        const int64_t ring = POINTS * 2 * (p.columns * TILE_OUT + 2) * LANES;
+        own = larger(own_u + p.points * m_point, ring);
+        numbers = 0;
+        partial = numbers + lines(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
+        v = partial + lines(call.out.moments ? p.chunks * call.out.channels * 4 : 0);
+        each = v + lines(p.points * v_point);
+        bytes = each + call.threads * lines(own);
+        own = lines(own) / 4;
+    }
+};
+
+// which of the 6 x 6 points are multiplied, in order: an image of repeated pixels has zeros at 2
+FASTDIFF_INLINE inline bool taken(bool up, int i) { return !(up && i == 2); }
+
+// Transforms the input of chunks [first, end), LANES channels of it; v: of the first one's first tile and channel 0
+template <bool UP>
+void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room, const Numbers& numbers, int64_t lane,
+                     int64_t first, int64_t end, float* v, float* own) {
+    const int64_t channels = call.in.channels, span = plan.columns * TILE_OUT + 2;
+    float *ring = own, *turned = own + POINTS * span * LANES;
+    Reader reader{call.in, lane_of(call.in, lane), {}, {}, {}};
+    v += reader.lane.channel;
+    Chunk before{-1, 0, 0, 0, 0};
+    for (int64_t i = first; i < end; ++i) {
+        const Chunk chunk = plan.chunk(i);
+        if (chunk.image != before.image) reader.begin(numbers, chunk.image);
+        const bool goes_on = chunk.image == before.image && chunk.column == before.column &&
+                             chunk.row == before.row + before.rows;
+        const int64_t left = chunk.column * TILE_OUT - 1, width = chunk.columns * TILE_OUT + 2;
+        for (int64_t r = 0; r < chunk.rows; ++r) {
+            const int64_t top = (chunk.row + r) * TILE_OUT - 1;
+            for (int64_t k = r || goes_on ? 2 : 0; k < POINTS; ++k) {
+                const int64_t y = top + k;
+                float* row = ring + (y + 1) % POINTS * span * LANES;
+                // pixels of this row that there are: [begin, stop)
+                const bool inside = y >= 0 && y < plan.height;
+                const int64_t begin = larger(left, 0), stop = inside ? smaller(left + width, plan.width) : begin;
+                const int64_t zeros = stop > begin ? begin - left : width;
+                for (int64_t x = 0; x < zeros; ++x) store(row + x * LANES, F32{});
+                if (stop <= begin) continue;
+                if (UP) {
+                    // pairs of pixels, the first and the last of which may be cut in half
+                    const int64_t half = begin / 2, halves = divided(stop, 2) - half;
+                    float* to = row + (2 * half - left) * LANES;
+                    if (begin % 2) {
+                        F32 one[2];
+                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + half, 1, (float*)one);
+                        store(to + LANES, one[1]);
+                        if (halves > 1)
+                            reader.operator()<2>(chunk.image, y / 2 * call.in.width + half + 1,
+                                                 halves - 1 - stop % 2, to + 2 * LANES);
+                    } else {
+                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + half, halves - stop % 2, to);
+                    }
+                    if (stop % 2) {
+                        F32 one[2];
+                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + stop / 2, 1, (float*)one);
+                        store(row + (stop - 1 - left) * LANES, one[0]);
+                    }
+                } else {
+                    reader(chunk.image, y * call.in.width + begin, stop - begin, row + (begin - left) * LANES);
+                }
+                for (int64_t x = stop - left; x < width; ++x) store(row + x * LANES, F32{});
+            }
+            // down each column once, though two tiles share it
+            const float* rows[POINTS];
+            for (int k = 0; k < POINTS; ++k) rows[k] = ring + (top + k + 1) % POINTS * span * LANES;
+            for (int64_t x = 0; x < width; ++x) {
+                F32 d[POINTS], t[POINTS];
+#pragma GCC unroll 6
+                for (int k = 0; k < POINTS; ++k) d[k] = load(rows[k] + x * LANES);
+                of_input(d, t);
+#pragma GCC unroll 6
+                for (int k = 0; k < POINTS; ++k) store(turned + (x * POINTS + k) * LANES, t[k]);
+            }
+            for (int64_t c = 0; c < chunk.columns; ++c, v += channels) {
+                float* out = v;
+                for (int k = 0; k < POINTS; ++k) {
+                    if (!taken(UP, k)) continue;
+                    F32 d[POINTS], t[POINTS];
+#pragma GCC unroll 6
+                    for (int x = 0; x < POINTS; ++x) d[x] = load(turned + ((c * TILE_OUT + x) * POINTS + k) * LANES);
+                    of_input(d, t);
+#pragma GCC unroll 6
+                    for (int x = 0; x < POINTS; ++x) {
+                        if (!taken(UP, x)) continue;
+                        write(out, t[x], reader.lane.count);
+                        out += room.v_point;
+                    }
+                }
+            }
+        }
+        before = chunk;
+    }
+}
+
+// u (points, C, 32) from a panel of the weights
+template <bool UP>
+void transform_weight(const Conv& call, const TileRoom& room, int64_t panel, int64_t columns, float* u) {
+    const int64_t depth = call.in.channels;
+    const float* from = call.weight + panel * 9 * depth * PANEL;
+    for (int64_t c = 0; c < depth; ++c, from += PANEL, u += PANEL)
+        for (int64_t column = 0; column < columns; column += LANES) {
+            F32 down[3][POINTS];
+#pragma GCC unroll 3
+            for (int j = 0; j < 3; ++j) {
+                const float* w = from + j * depth * PANEL + column;
+                of_weight(load(w), load(w + 3 * depth * PANEL), load(w + 6 * depth * PANEL), down[j]);
+            }
+            float* out = u + column;
+#pragma GCC unroll 6
+            for (int i = 0; i < POINTS; ++i) {
+                if (!taken(UP, i)) continue;
+                F32 t[POINTS];
+                of_weight(down[0][i], down[1][i], down[2][i], t);
+#pragma GCC unroll 6
+                for (int j = 0; j < POINTS; ++j) {
+                    if (!taken(UP, j)) continue;
+                    store(out, t[j]);
+                    out += room.u_point;
+                }
+            }
+        }
+}
+
+// y of one chunk from its products m, LANES channels of it, and their moments
+template <bool UP>
+void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room, const Chunk& chunk, int64_t channel,
+                      const float* m, double* partial) {
+    const Sum& out = call.out;
+    const int count = (int)smaller(LANES, out.channels - channel);
+    F32 base = out.bias ? read(out.bias + channel, count) : F32{};
+    if (out.add.data) base += read(out.add.data + chunk.image * out.add.image + channel, count);
+    Moments moments;
+    for (int64_t i = 0; i < chunk.rows; ++i)
+        for (int64_t j = 0; j < chunk.columns; ++j, m += PANEL) {
+            const float* from = m;
+            F32 half[POINTS][TILE_OUT];
+#pragma GCC unroll 6
+            for (int k = 0; k < POINTS; ++k) {
+                if (!taken(UP, k)) continue;
+                F32 d[POINTS];
+#pragma GCC unroll 6
+                for (int x = 0; x < POINTS; ++x) {
+                    d[x] = F32{};
+                    if (taken(UP, x)) d[x] = load(from), from += room.m_point;
+                }
+                of_output(d, half[k]);
+            }
+            const int64_t y = (chunk.row + i) * TILE_OUT, x = (chunk.column + j) * TILE_OUT;
+            const int64_t rows = smaller(TILE_OUT, plan.height - y), columns = smaller(TILE_OUT, plan.width - x);
+            const int64_t first = ((chunk.image * plan.height + y) * plan.width + x) * out.channels + channel;
+            F32 tile[TILE_OUT][TILE_OUT];
+#pragma GCC unroll 4
+            for (int c = 0; c < TILE_OUT; ++c) {
+                F32 d[POINTS], t[TILE_OUT];
+#pragma GCC unroll 6
+                for (int k = 0; k < POINTS; ++k) d[k] = taken(UP, k) ? half[k][c] : F32{};
+                of_output(d, t);
+#pragma GCC unroll 4
+                for (int r = 0; r < TILE_OUT; ++r) tile[r][c] = t[r] + base;
+            }
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t c = 0; c < columns; ++c) {
+                    const int64_t at = first + (r * plan.width + c) * out.channels;
+                    F32 v = tile[r][c];
+                    if (out.residual) v += read(out.residual + at, count);
+                    if (partial) moments.add(v);
+                    write(out.y + at, v, count);
+                }
+        }
+    if (partial) moments.finish(partial + 2 * channel, count);
+}
+
+template <bool UP>
+void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, int thread, int threads) {
+    char* memory = (char*)call.room;
+    const Numbers numbers{call.in.groups ? (float*)(memory + room.numbers) : nullptr, call.in.channels};
+    double* partial = call.out.moments ? (double*)(memory + room.partial) : nullptr;
+    float *v = (float*)(memory + room.v), *own = (float*)(memory + room.each) + thread * room.own;
+    float *u = own, *m = own + room.own_u;
+    if (numbers.data) {
+        for (int64_t n = thread; n < call.in.images; n += threads) prepare(call.in, numbers, n);
+        wait(threads);
+    }
+    const int64_t panels = divided(call.out.channels, PANEL), depth = call.in.channels;
+    for (int64_t begin = 0; begin < plan.chunks; begin += plan.group) {
+        const int64_t count = smaller(plan.group, plan.chunks - begin);
+        const auto behind = [&](int64_t chunk) { return plan.tile(begin + chunk) - plan.tile(begin); };
+        share(thread, threads, lanes_of(call.in), count, [&](int64_t lane, int64_t first, int64_t end) {
+            transform_input<UP>(call, plan, room, numbers, lane, begin + first, begin + end, v + behind(first) * depth,
+                                own);
+        });
+        wait(threads);
+        share(thread, threads, panels, divided(count, plan.part), [&](int64_t panel, int64_t first, int64_t end) {
+            const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
+            transform_weight<UP>(call, room, panel, columns, u);
+            for (int64_t part = first; part < end; ++part) {
+                const int64_t at = part * plan.part, chunks = smaller(plan.part, count - at);
+                const int64_t tiles = behind(at + chunks) - behind(at);
+                for (int64_t p = 0; p < plan.points; ++p)
+                    product(v + p * room.v_point + behind(at) * depth, depth, tiles, u + p * room.u_point, depth,
+                            m + p * room.m_point, false, columns);
+                for (int64_t i = 0; i < chunks; ++i)
+                    for (int64_t c = 0; c < columns; c += LANES)
+                        transform_output<UP>(call, plan, room, plan.chunk(begin + at + i), channel + c,
+                                             m + (behind(at + i) - behind(at)) * PANEL + c,
+                                             partial ? partial + (begin + at + i) * call.out.channels * 2 : nullptr);
+            }
+        });
+        wait(threads);
+    }
+    if (partial) join(call, plan, plan.down * plan.across, partial, thread, threads);
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA_NS
+}  // namespace fastdiff

@@ -1,0 +1,78 @@
+// Matrix products of fp32 by registers: a block of rows of A times a panel of 32 columns of B, summed over the whole depth
+// before anything is stored. B lies in panels, (depth, 32) each, one behind the other; A's rows are `stride` apart.
+#pragma once
+
+#include "group_norm_vector.h"
+
+namespace fastdiff {
+namespace FASTDIFF_ISA_NS {
+namespace {
+
+constexpr int PANEL = 32;
+
+// What fills the registers: MOST rows of WIDE vectors, and room for a vector of B each and a number of A.
+#if defined(__AVX512F__)
+constexpr int WIDE = 2, MOST = 14;
+#elif defined(__aarch64__)
+constexpr int WIDE = 4, MOST = 6;
+#else
+constexpr int WIDE = 2, MOST = 6;
+#endif
+
+// c (rows, 32) = a b for the columns of WIDE vectors, or c += a b
+template <int ROWS>
+__attribute__((noinline)) void block_product(const float* a, int64_t stride, const float* b, int64_t depth, float* c,
+                                             bool more) {
+    F32 sum[ROWS][WIDE];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) sum[r][v] = more ? load(c + r * PANEL + v * LANES) : F32{};
+    // rows in fives: a base, and one, two, three and four strides from it, are what an address can hold
+    const float* base[(ROWS + 4) / 5];
+#pragma GCC unroll 4
+    for (int i = 0; i < (ROWS + 4) / 5; ++i) base[i] = a + 5 * i * stride;
+    const int64_t three = 3 * stride;
+    for (int64_t k = 0; k < depth; ++k) {
+        F32 column[WIDE];
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) column[v] = load(b + v * LANES);
+        b += PANEL;
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r) {
+            const int64_t away = r % 5 == 3 ? three : r % 5 * stride;
+            const F32 number = splat(base[r / 5][away]);
+#pragma GCC unroll 4
+            for (int v = 0; v < WIDE; ++v) sum[r][v] = multiply_add(number, column[v], sum[r][v]);
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < (ROWS + 4) / 5; ++i) ++base[i];
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) store(c + r * PANEL + v * LANES, sum[r][v]);
+}
+
+template <int ROWS>
+inline void block_product(int rows, const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool more) {
+    if (rows == ROWS) return block_product<ROWS>(a, stride, b, depth, c, more);
+    if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, depth, c, more);
+}
+
+// c (rows, 32) = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted, the others are left alone or
+// get anything
+inline void product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t depth, float* c, bool more,
+                    int64_t columns = PANEL) {
+    const int64_t blocks = (rows + MOST - 1) / MOST;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+        for (int64_t column = 0; column < columns; column += WIDE * LANES)
+            block_product<MOST>((int)count, a + first * stride, stride, b + column, depth, c + first * PANEL + column,
+                                more);
+    }
+}
+
+}  // namespace
+}  // namespace FASTDIFF_ISA_NS
+}  // namespace fastdiff

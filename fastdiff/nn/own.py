@@ -1,0 +1,71 @@
+"""Puts our own convolutions into a twin of a U-Net, see `convolved.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdiff.nn.convolved import Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed
+from fastdiff.nn.follow import Packer
+from fastdiff.nn.group_norm import GroupNorm
+from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
+from fastdiff.nn.unet import UNet
+from fastdiff.ops import dispatch
+from fastdiff.ops.norm_silu_conv import panels
+
+
+def takes(packer: Packer, net: UNet) -> bool:
+    """Whether there are convolutions of ours for the net: of images, in float32, on a CPU with compiled kernels."""
+    images = net.dims == 2 and packer.dtype is torch.float32 and packer.device.type == "cpu"
+    return images and packer.channels_last and dispatch.reason("norm_silu_conv", "cpp") is None
+
+
+def convolutions(twin: UNet, packer: Packer) -> None:
+    """Swap every module of `twin` that convolves."""
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            made = _made(child, packer)
+            if made is not None:
+                setattr(parent, name, made)
+    net: Any = twin
+    net.out, net.norm = Last(_conv(net.out, packer, net.norm)), Passed()
+    net.stem = _conv(net.stem, packer)
+
+
+def _made(child: nn.Module, packer: Packer) -> nn.Module | None:
+    """What stands for a module, None for one that stays."""
+    if isinstance(child, ResBlock):
+        return _res_block(child, packer)
+    if isinstance(child, Attention):
+        qkv, out = _conv(child.qkv, packer, child.norm), _conv(child.out, packer)
+        return ConvolvedAttention(child, qkv, out)
+    if isinstance(child, Up):
+        return _conv(child.conv, packer, upsample=True)
+    if isinstance(child, Down):
+        return _conv(child.conv, packer, stride=2, asymmetric=child.pad is not None)
+    return None
+
+
+def _conv(layer: Any, packer: Packer, norm: GroupNorm | None = None, **options: Any) -> Convolved:
+    """Of a convolution, or of a Linear, which is one of window 1."""
+    p, bias = layer._parameters["weight"], layer._parameters["bias"]
+    if isinstance(layer, nn.Linear):
+        outputs, size = layer.out_features, 1
+        weight = packer.derive(lambda w: panels(w[..., None, None]), p)
+    else:
+        outputs, size = layer.out_channels, layer.kernel_size[0]
+        weight = packer.derive(panels, p)
+    return Convolved(weight, bias, outputs, size, norm, **options)
+
+
+def _res_block(block: ResBlock, packer: Packer) -> ConvolvedResBlock:
+    pools = isinstance(block.resample, Pool)
+    conv1 = _conv(block.conv1, packer, None if pools else block.norm1, upsample=isinstance(block.resample, Nearest))
+    conv2 = _conv(block.conv2, packer, block.norm2)
+    shortcut = None if block.shortcut is None else _conv(block.shortcut, packer)
+    empty: Any = block
+    for name in ("conv1", "norm2", "conv2", "shortcut", *(() if pools else ("norm1",))):
+        setattr(empty, name, None)
+    return ConvolvedResBlock(block, conv1, conv2, shortcut)
