@@ -29,7 +29,7 @@ struct Sum {
 
 enum Kind : int { POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED };
 
-// weight: (panels, taps, C, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
+// weight: (panels, C, taps, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
 // room: conv_room bytes at a multiple of 64
 struct Conv {
     Kind kind;

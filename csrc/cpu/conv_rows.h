@@ -64,8 +64,8 @@ inline void taps(const Conv& call, const Lines& plan, int64_t chunk, const float
             const int64_t end = smaller(plan.width, divided(in.width - right, call.stride));
             if (begin >= end) continue;
             product(in.x + ((n * in.height + y) * in.width + begin * call.stride + right) * in.channels,
-                    call.stride * in.channels, end - begin, weight + tap * in.channels * PANEL, in.channels,
-                    m + (line * plan.width + begin) * PANEL, true, columns);
+                    call.stride * in.channels, end - begin, weight + tap * PANEL, 9 * PANEL,
+                    in.channels, m + (line * plan.width + begin) * PANEL, true, columns);
         }
 }
 
@@ -120,12 +120,13 @@ inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& 
                 for (int64_t i = 0; i < chunks; ++i)
                     taps(call, plan, begin + i, weight, m + (plan.before(begin + i) - first) * PANEL, columns);
             } else if (numbers.data) {
-                product(normed, depth, pixels, weight, depth, m, false, columns);
+                product(normed, depth, pixels, weight, PANEL, depth, m, false, columns);
             } else {
-                product(in.x + first * in.x_channels, in.x_channels, pixels, weight, in.x_channels, m, false, columns);
+                product(in.x + first * in.x_channels, in.x_channels, pixels, weight, PANEL, in.x_channels, m, false,
+                        columns);
                 if (second)
-                    product(in.x2 + first * second, second, pixels, weight + in.x_channels * PANEL, second, m, true,
-                            columns);
+                    product(in.x2 + first * second, second, pixels, weight + in.x_channels * PANEL, PANEL, second, m,
+                            true, columns);
             }
             for (int64_t i = begin; i < begin + chunks; ++i)
                 for (int64_t c = 0; c < columns; c += LANES)

@@ -15,7 +15,11 @@ namespace FASTDIFF_ISA_NS {
 namespace {
 
 // Transformed inputs of a group stay in the third-level cache, products of a part of it in the second.
-constexpr int64_t GROUP_FLOATS = int64_t(1) << 20, GROUP_TILES = 64, PART_TILES = 64, CHUNK_TILES = 16;
+constexpr int64_t GROUP_FLOATS = int64_t(1) << 20, PART_TILES = 64, CHUNK_TILES = 16;
+// Channels whose transformed weights stay there with them.
+constexpr int64_t DEPTH = 128;
+// Floats of weights that are asked for before they are read.
+constexpr int64_t AHEAD = 32 * 9 * PANEL;
 // A float behind whole pages more: what is apart by a power of two would fall into one set of a cache.
 constexpr int64_t APART = 16;
 
@@ -32,6 +36,7 @@ struct Tiling {
     int64_t chunks;         // of all
     int64_t group, part;    // chunks that are transformed together, multiplied together
     int64_t points;         // products of a tile: those with a zero are left out
+    int64_t blocks;         // of channels, whose products are summed up one after another
     bool up;
 
     explicit Tiling(const Conv& call) : up(call.kind == WINOGRAD_UP) {
@@ -44,7 +49,9 @@ struct Tiling {
         points = up ? 25 : 36;
         const int64_t each = larger(1, rows * columns), tiles = GROUP_FLOATS / larger(1, points * call.in.channels);
         part = larger(1, PART_TILES / each);
-        group = smaller(chunks, larger(GROUP_TILES, tiles) / each / part * part);
+        blocks = divided(call.in.channels, DEPTH);
+        // sums of blocks wait for each other, and have room for one part
+        group = smaller(chunks, blocks > 1 ? part : larger(1, tiles / each / part) * part);
     }
 
     // tiles before chunk i; a chunk that is no whole rows of an image is a part of one
@@ -69,12 +76,14 @@ struct Tiling {
 struct TileRoom {
     int64_t numbers, partial, v, each, bytes;  // bytes from the beginning; `each`: of one thread
     int64_t v_point, u_point, m_point;         // floats from one of the 36 to the next
+    int64_t v_tile;                            // and from one tile to the next
     int64_t own, own_u;                        // floats of one thread, of its weights among them
 
     TileRoom(const Conv& call, const Tiling& p) {
         const auto lines = [](int64_t floats) { return divided(floats, 16) * 64; };
-        v_point = p.group * p.rows * p.columns * call.in.channels + APART;
-        u_point = call.in.channels * PANEL + APART;
+        v_tile = divided(call.in.channels, 16) * 16 + APART;
+        v_point = p.group * p.rows * p.columns * v_tile + APART;
+        u_point = divided(call.in.channels, larger(1, p.blocks)) * PANEL + APART;
         m_point = p.part * p.rows * p.columns * PANEL + APART;
         own_u = p.points * u_point;
         const int64_t ring = POINTS * 2 * (p.columns * TILE_OUT + 2) * LANES;
@@ -95,7 +104,7 @@ FASTDIFF_INLINE inline bool taken(bool up, int i) { return !(up && i == 2); }
 template <bool UP>
 void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room, const Numbers& numbers, int64_t lane,
                      int64_t first, int64_t end, float* v, float* own) {
-    const int64_t channels = call.in.channels, span = plan.columns * TILE_OUT + 2;
+    const int64_t span = plan.columns * TILE_OUT + 2;
     float *ring = own, *turned = own + POINTS * span * LANES;
     Reader reader{call.in, lane_of(call.in, lane), {}, {}, {}};
     v += reader.lane.channel;
@@ -152,7 +161,7 @@ void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room,
 #pragma GCC unroll 6
                 for (int k = 0; k < POINTS; ++k) store(turned + (x * POINTS + k) * LANES, t[k]);
             }
-            for (int64_t c = 0; c < chunk.columns; ++c, v += channels) {
+            for (int64_t c = 0; c < chunk.columns; ++c, v += room.v_tile) {
                 float* out = v;
                 for (int k = 0; k < POINTS; ++k) {
                     if (!taken(UP, k)) continue;
@@ -173,18 +182,17 @@ void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room,
     }
 }
 
-// u (points, C, 32) from a panel of the weights
+// u (points, depth, 32) from so many channels of a panel of the weights
 template <bool UP>
-void transform_weight(const Conv& call, const TileRoom& room, int64_t panel, int64_t columns, float* u) {
-    const int64_t depth = call.in.channels;
-    const float* from = call.weight + panel * 9 * depth * PANEL;
-    for (int64_t c = 0; c < depth; ++c, from += PANEL, u += PANEL)
+void transform_weight(const TileRoom& room, const float* from, int64_t depth, int64_t columns, float* u) {
+    const int64_t point = room.u_point;
+    for (int64_t c = 0; c < depth; ++c, from += 9 * PANEL, u += PANEL)
         for (int64_t column = 0; column < columns; column += LANES) {
             F32 down[3][POINTS];
 #pragma GCC unroll 3
             for (int j = 0; j < 3; ++j) {
-                const float* w = from + j * depth * PANEL + column;
-                of_weight(load(w), load(w + 3 * depth * PANEL), load(w + 6 * depth * PANEL), down[j]);
+                const float* w = from + j * PANEL + column;
+                of_weight(load(w), load(w + 3 * PANEL), load(w + 6 * PANEL), down[j]);
             }
             float* out = u + column;
 #pragma GCC unroll 6
@@ -196,7 +204,7 @@ void transform_weight(const Conv& call, const TileRoom& room, int64_t panel, int
                 for (int j = 0; j < POINTS; ++j) {
                     if (!taken(UP, j)) continue;
                     store(out, t[j]);
-                    out += room.u_point;
+                    out += point;
                 }
             }
         }
@@ -229,6 +237,12 @@ void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room
             const int64_t y = (chunk.row + i) * TILE_OUT, x = (chunk.column + j) * TILE_OUT;
             const int64_t rows = smaller(TILE_OUT, plan.height - y), columns = smaller(TILE_OUT, plan.width - x);
             const int64_t first = ((chunk.image * plan.height + y) * plan.width + x) * out.channels + channel;
+            for (int r = 0; r < TILE_OUT; ++r)
+                for (int c = 0; c < TILE_OUT; ++c) {
+                    const int64_t next = first + (r * plan.width + c + TILE_OUT) * out.channels;
+                    __builtin_prefetch(out.y + next, 1);
+                    if (out.residual) __builtin_prefetch(out.residual + next);
+                }
             F32 tile[TILE_OUT][TILE_OUT];
 #pragma GCC unroll 4
             for (int c = 0; c < TILE_OUT; ++c) {
@@ -251,6 +265,13 @@ void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room
     if (partial) moments.finish(partial + 2 * channel, count);
 }
 
+// Asks for part `i` of `parts` of the floats from here on. A transform writes more streams than the processor can follow,
+// so it does not see what is read coming.
+inline void fetch(const float* from, int64_t count, int64_t i, int64_t parts) {
+    for (int64_t at = count * i / parts / 16 * 16; at < count * (i + 1) / parts; at += 16)
+        __builtin_prefetch(from + at, 0, 2);
+}
+
 template <bool UP>
 void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, int thread, int threads) {
     char* memory = (char*)call.room;
@@ -267,24 +288,33 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
         const int64_t count = smaller(plan.group, plan.chunks - begin);
         const auto behind = [&](int64_t chunk) { return plan.tile(begin + chunk) - plan.tile(begin); };
         share(thread, threads, lanes_of(call.in), count, [&](int64_t lane, int64_t first, int64_t end) {
-            transform_input<UP>(call, plan, room, numbers, lane, begin + first, begin + end, v + behind(first) * depth,
+            transform_input<UP>(call, plan, room, numbers, lane, begin + first, begin + end, v + behind(first) * room.v_tile,
                                 own);
         });
         wait(threads);
+        // of the weights: as much as one block, the next of which lies behind it
+        const int64_t ahead = divided(depth, plan.blocks) * 9 * PANEL;
         share(thread, threads, panels, divided(count, plan.part), [&](int64_t panel, int64_t first, int64_t end) {
             const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
-            transform_weight<UP>(call, room, panel, columns, u);
-            for (int64_t part = first; part < end; ++part) {
-                const int64_t at = part * plan.part, chunks = smaller(plan.part, count - at);
-                const int64_t tiles = behind(at + chunks) - behind(at);
-                for (int64_t p = 0; p < plan.points; ++p)
-                    product(v + p * room.v_point + behind(at) * depth, depth, tiles, u + p * room.u_point, depth,
-                            m + p * room.m_point, false, columns);
-                for (int64_t i = 0; i < chunks; ++i)
-                    for (int64_t c = 0; c < columns; c += LANES)
-                        transform_output<UP>(call, plan, room, plan.chunk(begin + at + i), channel + c,
-                                             m + (behind(at + i) - behind(at)) * PANEL + c,
-                                             partial ? partial + (begin + at + i) * call.out.channels * 2 : nullptr);
+            for (int64_t block = 0; block < plan.blocks; ++block) {
+                const int64_t low = depth * block / plan.blocks, high = depth * (block + 1) / plan.blocks;
+                const float* weight = call.weight + (panel * depth + low) * 9 * PANEL;
+                transform_weight<UP>(room, weight, high - low, columns, u);
+                for (int64_t part = first; part < end; ++part) {
+                    const int64_t at = part * plan.part, chunks = smaller(plan.part, count - at);
+                    const int64_t tiles = behind(at + chunks) - behind(at);
+                    for (int64_t p = 0; p < plan.points; ++p) {
+                        if (part == first) fetch(weight + ahead, ahead, p, plan.points);
+                        product(v + p * room.v_point + behind(at) * room.v_tile + low, room.v_tile, tiles,
+                                u + p * room.u_point, PANEL, high - low, m + p * room.m_point, block > 0, columns);
+                    }
+                    if (block + 1 < plan.blocks) continue;
+                    for (int64_t i = 0; i < chunks; ++i)
+                        for (int64_t c = 0; c < columns; c += LANES)
+                            transform_output<UP>(call, plan, room, plan.chunk(begin + at + i), channel + c,
+                                                 m + (behind(at + i) - behind(at)) * PANEL + c,
+                                                 partial ? partial + (begin + at + i) * call.out.channels * 2 : nullptr);
+                }
             }
         });
         wait(threads);

@@ -102,6 +102,8 @@ struct Reader {
     template <int ROWS, bool NORM, bool ACT, int TIMES, bool WHOLE>
     FASTDIFF_INLINE void some(const float* from, float* out) const {
         F32 z[ROWS];
+        // the next lane of each pixel, which is a line of the cache further on
+        FASTDIFF_ROWS __builtin_prefetch(from + r * lane.stride + LANES);
         FASTDIFF_ROWS z[r] = read(from + r * lane.stride, WHOLE ? LANES : lane.count);
         if (NORM) FASTDIFF_ROWS z[r] = multiply_add(z[r] - center, slope, offset);
         if (NORM && ACT) silu(z);

@@ -1,5 +1,5 @@
 // Matrix products of fp32 by registers: a block of rows of A times a panel of 32 columns of B, summed over the whole depth
-// before anything is stored. B lies in panels, (depth, 32) each, one behind the other; A's rows are `stride` apart.
+// before anything is stored. A's rows are `stride` apart, the rows of 32 of a panel of B `next`.
 #pragma once
 
 #include "group_norm_vector.h"
@@ -21,8 +21,8 @@ constexpr int WIDE = 2, MOST = 6;
 
 // c (rows, 32) = a b for the columns of WIDE vectors, or c += a b
 template <int ROWS>
-__attribute__((noinline)) void block_product(const float* a, int64_t stride, const float* b, int64_t depth, float* c,
-                                             bool more) {
+__attribute__((noinline)) void block_product(const float* a, int64_t stride, const float* b, int64_t next,
+                                             int64_t depth, float* c, bool more) {
     F32 sum[ROWS][WIDE];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
@@ -37,7 +37,7 @@ __attribute__((noinline)) void block_product(const float* a, int64_t stride, con
         F32 column[WIDE];
 #pragma GCC unroll 4
         for (int v = 0; v < WIDE; ++v) column[v] = load(b + v * LANES);
-        b += PANEL;
+        b += next;
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
             const int64_t away = r % 5 == 3 ? three : r % 5 * stride;
@@ -55,21 +55,22 @@ __attribute__((noinline)) void block_product(const float* a, int64_t stride, con
 }
 
 template <int ROWS>
-inline void block_product(int rows, const float* a, int64_t stride, const float* b, int64_t depth, float* c, bool more) {
-    if (rows == ROWS) return block_product<ROWS>(a, stride, b, depth, c, more);
-    if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, depth, c, more);
+inline void block_product(int rows, const float* a, int64_t stride, const float* b, int64_t next, int64_t depth,
+                          float* c, bool more) {
+    if (rows == ROWS) return block_product<ROWS>(a, stride, b, next, depth, c, more);
+    if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, next, depth, c, more);
 }
 
 // c (rows, 32) = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted, the others are left alone or
 // get anything
-inline void product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t depth, float* c, bool more,
-                    int64_t columns = PANEL) {
+inline void product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t next, int64_t depth, float* c,
+                    bool more, int64_t columns) {
     const int64_t blocks = (rows + MOST - 1) / MOST;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
         for (int64_t column = 0; column < columns; column += WIDE * LANES)
-            block_product<MOST>((int)count, a + first * stride, stride, b + column, depth, c + first * PANEL + column,
-                                more);
+            block_product<MOST>((int)count, a + first * stride, stride, b + column, next, depth,
+                                c + first * PANEL + column, more);
     }
 }
 

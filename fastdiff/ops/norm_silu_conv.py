@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     """The weights of a convolution as the kernels read them."""
 
     weight: Tensor
-    """(panels, size size inputs, 32): panels of 32 outputs, zeros behind the last one's."""
+    """(panels, inputs size size, 32): panels of 32 outputs, zeros behind the last one's."""
     outputs: int
     size: int
     """3 or 1: of the window along each axis."""
@@ -39,8 +39,8 @@ class Packed(NamedTuple):
 def panels(weight: Tensor) -> Tensor:
     """(O, I, k, k) as Packed.weight; its transpose is its inverse, so that it can be differentiated."""
     outputs = weight.shape[0]
-    taps = functional.pad(weight.flatten(2).permute(2, 1, 0), (0, -outputs % PANEL))  # (k k, I, O')
-    return taps.flatten(0, 1).unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+    rows = functional.pad(weight.flatten(1).t(), (0, -outputs % PANEL))  # (I k k, O')
+    return rows.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
 
 
 def pack(weight: Tensor) -> Packed:
@@ -53,8 +53,8 @@ def pack(weight: Tensor) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """The weights (O, I, k, k) that were packed."""
     weight, outputs, size = packed
-    taps = weight.transpose(0, 1).flatten(1)[:, :outputs]  # (k k I, O)
-    return taps.unflatten(0, (size, size, -1)).permute(3, 2, 0, 1)
+    rows = weight.transpose(0, 1).flatten(1)[:, :outputs]  # (I k k, O)
+    return rows.t().unflatten(1, (-1, size, size))
 
 
 def norm_silu_conv_ref(
