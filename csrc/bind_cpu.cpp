@@ -277,12 +277,11 @@ private:
 thread_local Scratch scratch;
 
 // fastdiff/ops/norm_silu_conv_cpp.py builds the tuple
-void conv(const py::tuple& in) {
+Conv conv_of(const py::tuple& in) {
     int i = 0;
     const auto whole = [&] { return in[i++].cast<int64_t>(); };
-    const auto pointer = [&] { return at<void>(in[i++].cast<uintptr_t>()); };
-    const auto floats = [&] { return static_cast<float*>(pointer()); };
-    const auto doubles = [&] { return static_cast<double*>(pointer()); };
+    const auto floats = [&] { return at<float>(in[i++].cast<uintptr_t>()); };
+    const auto doubles = [&] { return at<double>(in[i++].cast<uintptr_t>()); };
     const auto per_channel = [&] {
         const float* data = floats();
         return PerChannel{data, whole()};
@@ -298,11 +297,37 @@ void conv(const py::tuple& in) {
     call.weight = floats();
     call.out.y = floats(), call.out.channels = whole(), call.out.bias = floats(), call.out.add = per_channel();
     call.out.residual = floats(), call.out.moments = doubles();
-    call.stride = whole(), call.before = whole(), call.threads = int(whole());
+    call.stride = whole(), call.before = whole();
+    return call;
+}
+
+void run(Conv call, int threads) {
+    call.threads = threads;
     call.room = scratch.of(size_t(chosen.conv_room(call)));
-    const py::gil_scoped_release released;
     chosen.conv(call);
 }
+
+void conv(const py::tuple& in, int threads) {
+    const Conv call = conv_of(in);
+    const py::gil_scoped_release released;
+    run(call, threads);
+}
+
+// Convolutions that are run again and again on the same memory.
+class Tape {
+public:
+    size_t add(const py::tuple& in) {
+        calls_.push_back(conv_of(in));
+        return calls_.size();
+    }
+    void play(size_t first, size_t end, int threads) const {
+        const py::gil_scoped_release released;
+        for (size_t i = first; i < end; ++i) run(calls_.at(i), threads);
+    }
+
+private:
+    std::vector<Conv> calls_;
+};
 
 void moments(uintptr_t x, int64_t images, int64_t pixels, int64_t channels, uintptr_t out, int threads) {
     const py::gil_scoped_release released;
@@ -333,5 +358,6 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("inject", &inject);
     m.def("inject_backward", &inject_backward);
     m.def("conv", &conv);
+    py::class_<Tape>(m, "Tape").def(py::init<>()).def("add", &Tape::add).def("play", &Tape::play);
     m.def("moments", &moments);
 }

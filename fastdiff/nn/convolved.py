@@ -15,6 +15,7 @@ from torch.nn import functional
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Map, Pool, ResBlock, TableRow, as_map
 from fastdiff.ops.norm_silu_conv import Packed, convolved
+from fastdiff.ops.tape import beside
 
 
 class Convolved(nn.Module):
@@ -85,6 +86,19 @@ class Last(nn.Module):
         return self.conv(x, measure=False).x
 
 
+class Centered(nn.Module):
+    """conv(2 x - 1)"""
+
+    def __init__(self, conv: Convolved) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Map:
+        """(N, outputs, H, W)."""
+        y: Map = self.conv(beside(lambda z: 2 * z - 1, x))
+        return y
+
+
 class Passed(nn.Module):
     """What stands where a norm was that the next convolution has taken over."""
 
@@ -109,16 +123,15 @@ class ConvolvedResBlock(nn.Module):
         e = block.time(emb) if isinstance(emb, Tensor) else block.cut(emb)
         scale, shift = e.chunk(2, -1) if block.scale_shift else (None, None)
         add = None if block.scale_shift else e
+        straight = x.x if block.resample is None else beside(block.resample, x.x)
         if isinstance(block.resample, Pool):
-            h = self.conv1(block.resample(block.norm1(x.x)), add=add)
-            straight = block.resample(x.x)
+            h = self.conv1(beside(lambda z: block.resample(block.norm1(z)), x.x), add=add)
         else:
             h = self.conv1(x, skip=skip, add=add)
-            straight = x.x if block.resample is None else block.resample(x.x)
         if self.shortcut is not None:
             straight = self.shortcut(straight, skip=skip, measure=False).x
         y: Map = self.conv2(h, scale=scale, shift=shift, residual=straight, measure=block.divisor == 1)
-        return y if block.divisor == 1 else Map(y.x / block.divisor)
+        return y if block.divisor == 1 else Map(beside(lambda z: z / block.divisor, y.x))
 
 
 class ConvolvedAttention(nn.Module):
@@ -134,7 +147,7 @@ class ConvolvedAttention(nn.Module):
         n, channels, height, width = x.x.shape
         h = self.qkv(x, measure=False).x.permute(0, 2, 3, 1)  # (N, H, W, 3 C), as it lies
         q, k, v = h.view(n, height * width, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
-        h = functional.scaled_dot_product_attention(q, k, v)  # (N, heads, L, d)
-        h = h.transpose(1, 2).reshape(n, height, width, channels).permute(0, 3, 1, 2)
+        h = beside(functional.scaled_dot_product_attention, q, k, v).transpose(1, 2)  # (N, L, heads, d)
+        h = h.reshape(n, height, width, channels).permute(0, 3, 1, 2)
         y: Map = self.out(h, residual=x.x, measure=self.divisor == 1)
-        return y if self.divisor == 1 else Map(y.x / self.divisor)
+        return y if self.divisor == 1 else Map(beside(lambda z: z / self.divisor, y.x))

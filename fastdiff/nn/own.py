@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.nn.convolved import Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed
+from fastdiff.nn.convolved import Centered, Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
@@ -22,6 +22,11 @@ def takes(packer: Packer, net: UNet) -> bool:
     return images and packer.channels_last and dispatch.reason("norm_silu_conv", "cpp") is None
 
 
+def has(twin: UNet) -> bool:
+    """Whether `twin` has them."""
+    return isinstance(twin.out, Last)
+
+
 def convolutions(twin: UNet, packer: Packer) -> None:
     """Swap every module of `twin` that convolves."""
     for parent in list(twin.modules()):
@@ -31,7 +36,8 @@ def convolutions(twin: UNet, packer: Packer) -> None:
                 setattr(parent, name, made)
     net: Any = twin
     net.out, net.norm = Last(_conv(net.out, packer, net.norm)), Passed()
-    net.stem = _conv(net.stem, packer)
+    stem = _conv(net.stem, packer)
+    net.stem, net.center_input = Centered(stem) if net.center_input else stem, False
 
 
 def _made(child: nn.Module, packer: Packer) -> nn.Module | None:

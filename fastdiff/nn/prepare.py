@@ -17,6 +17,7 @@ from fastdiff.nn.known import is_bare
 from fastdiff.nn.layers import Attention, Deep, Nearest, ResBlock, Up
 from fastdiff.nn import own
 from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
+from fastdiff.nn.tapes import Tapes
 from fastdiff.nn.unet import UNet
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -100,6 +101,7 @@ class PreparedUNet(nn.Module):
         self.net, self.times, self.tactics = twin, times, tactics
         self._follower: Follower = packer.fill(self)
         self._made = packer.net, packer.dtype
+        self._tapes = Tapes(twin) if own.has(twin) and times is not None else None
         self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
         self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
         self.null, self.embed, self.deep_shape = twin.null, twin.embed, twin.deep_shape
@@ -119,6 +121,10 @@ class PreparedUNet(nn.Module):
             table_row = self.times(self.net.embed(t, cond, x))
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
             x = x.to(self._made[1], memory_format=LAST[x.ndim])
+        if self._tapes is not None and deep is None and table_row is not None:
+            played = self._tapes(x, table_row)
+            if played is not None:
+                return played
         F: Tensor = self.net(x, t, cond, table_row=table_row, deep=deep)
         return F
 

@@ -180,12 +180,13 @@ def call(op: str, *args: Any, **given: Any) -> Any:
     The registered op is for gradients, tracing, tensor subclasses and dispatch modes (fake tensors, counters).
     """
     backend = dispatch.chosen(op, *args, **given)
-    if backend == "reference" or _plain(*args, *given.values()):
+    if backend == "reference" or plain(*args, *given.values()):
         return dispatch.run(op, backend)(*args, **given)
     return registered(op, backend)(*args, **given)
 
 
-def _plain(*args: Any) -> bool:
+def plain(*args: Any) -> bool:
+    """Whether nothing but the kernel looks at these arguments: no gradient, no tracing, no subclass, no mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
     grad = torch.is_grad_enabled()

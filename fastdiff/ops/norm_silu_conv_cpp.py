@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import native
-from fastdiff.ops.group_norm_call import stride as apart
 from fastdiff.ops.norm_silu_conv import result_shape
+from fastdiff.ops.tape import beside, recording
 
 LAST = torch.channels_last
 POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED = range(4)
@@ -17,16 +17,28 @@ def _last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=LAST)
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
-    return None if x is None else native.dense(x, torch.float32)
+def _numbers(v: Tensor | None) -> Tensor | None:
+    """v in float32, the numbers of an image one behind the other; those of the next one may lie anywhere."""
+    if v is None:
+        return None
+    v = v.to(torch.float32)
+    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
+
+
+def _apart(v: Tensor | None) -> int:
+    return v.stride(0) if v is not None and v.ndim == 2 else 0
 
 
 def measured(x: Tensor) -> Tensor:
     """Mean and variance of each channel of each image (N, C, 2), float64; x channels_last."""
-    n, channels, height, width = x.shape
-    out = torch.empty((n, channels, 2), dtype=torch.float64)
-    native.cpu.moments(x.data_ptr(), n, height * width, channels, out.data_ptr(), torch.get_num_threads())
-    return out
+
+    def measure(x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        out = torch.empty((n, channels, 2), dtype=torch.float64)
+        native.cpu.moments(x.data_ptr(), n, height * width, channels, out.data_ptr(), torch.get_num_threads())
+        return out
+
+    return beside(measure, x)
 
 
 def run(
@@ -57,25 +69,30 @@ def run(
     x = x.contiguous(memory_format=LAST)
     x2, residual = _last(x2), _last(residual)
     weight = native.dense(weight, torch.float32)
-    bias, add, norm_weight, norm_bias, scale, shift = map(_dense, (bias, add, norm_weight, norm_bias, scale, shift))
+    bias, add, norm_weight, norm_bias, scale, shift = map(_numbers, (bias, add, norm_weight, norm_bias, scale, shift))
     n, first, height, width = x.shape
     channels = first if x2 is None else first + x2.shape[1]
     if groups:
         moments = measured(x) if moments is None else moments
         moments2 = measured(x2) if moments2 is None and x2 is not None else moments2
     shape = result_shape(x, outputs, size, upsample=upsample, stride=stride, asymmetric=asymmetric)
-    y = torch.empty(shape, dtype=torch.float32, memory_format=LAST)
-    out = torch.empty((n, outputs, 2) if measure else 0, dtype=torch.float64)
+    tape = recording()
+    empty = torch.empty if tape is None else tape.empty
+    y = empty((shape[0], *shape[2:], outputs), dtype=torch.float32).permute(0, 3, 1, 2)
+    out = empty((n, outputs, 2) if measure else (0,), dtype=torch.float64)
     kind = POINTWISE if size == 1 else STRIDED if stride == 2 else WINOGRAD_UP if upsample else WINOGRAD
     address = native.address
-    native.cpu.conv((
+    call = (
         *(kind, x.data_ptr(), address(x2), first, channels, n, height, width, groups, eps),
         *(address(norm_weight), 0, address(norm_bias), 0),
-        *(address(scale), apart(scale), address(shift), apart(shift)),
+        *(address(scale), _apart(scale), address(shift), _apart(shift)),
         *(address(moments), address(moments2), act, weight.data_ptr(), y.data_ptr(), outputs, address(bias)),
-        *(address(add), apart(add), address(residual), out.data_ptr() if measure else 0),
-        *(stride, 0 if asymmetric else 1, torch.get_num_threads()),
-    ))  # fmt: skip
+        *(address(add), _apart(add), address(residual), out.data_ptr() if measure else 0),
+        *(stride, 0 if asymmetric else 1),
+    )
+    if tape is not None:
+        tape.conv(call, x, x2, scale, shift, add, residual, moments, moments2)
+    native.cpu.conv(call, torch.get_num_threads())
     return y, out
 
 
