@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <new>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "cpu/conv.h"
@@ -34,13 +35,15 @@ struct Kernels {
     bool (*inject_backward)(const InjectBackward&);
     int64_t (*conv_room)(const Conv&);
     void (*conv)(const Conv&);
+    int64_t (*attention_room)(const Attention&);
+    void (*attention)(const Attention&);
     void (*moments)(const float*, int64_t, int64_t, int64_t, double*, int);
 };
 
 #define FASTDIFF_KERNELS(isa, runs)                                                                             \
     {                                                                                                           \
         #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step, isa::time_embed, isa::group_norm, \
-            isa::group_norm_backward, isa::inject, isa::inject_backward, isa::conv_room, isa::conv, isa::moments \
+            isa::group_norm_backward, isa::inject, isa::inject_backward, isa::conv_room, isa::conv, isa::attention_room, isa::attention, isa::moments \
     }
 
 #if defined(__clang__)
@@ -307,26 +310,50 @@ void run(Conv call, int threads) {
     chosen.conv(call);
 }
 
-void conv(const py::tuple& in, int threads) {
-    const Conv call = conv_of(in);
+void run(Attention call, int threads) {
+    call.threads = threads;
+    call.room = scratch.of(size_t(chosen.attention_room(call)));
+    chosen.attention(call);
+}
+
+template <typename Call>
+void run_alone(const Call& call, int threads) {
     const py::gil_scoped_release released;
     run(call, threads);
 }
 
-// Convolutions that are run again and again on the same memory.
+void conv(const py::tuple& in, int threads) { run_alone(conv_of(in), threads); }
+
+Attention attention_of(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth) {
+    return {at<float>(qkv), at<float>(y), images, tokens, heads, depth, nullptr, 1};
+}
+
+void attention(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth, int threads) {
+    run_alone(attention_of(qkv, y, images, tokens, heads, depth), threads);
+}
+
+// Kernels that are run again and again on the same memory.
 class Tape {
 public:
-    size_t add(const py::tuple& in) {
-        calls_.push_back(conv_of(in));
-        return calls_.size();
+    size_t conv(const py::tuple& in) { return add(conv_of(in)); }
+
+    size_t attention(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth) {
+        return add(attention_of(qkv, y, images, tokens, heads, depth));
     }
+
     void play(size_t first, size_t end, int threads) const {
         const py::gil_scoped_release released;
-        for (size_t i = first; i < end; ++i) run(calls_.at(i), threads);
+        for (size_t i = first; i < end; ++i)
+            std::visit([&](const auto& call) { run(call, threads); }, calls_.at(i));
     }
 
 private:
-    std::vector<Conv> calls_;
+    size_t add(std::variant<Conv, Attention> call) {
+        calls_.push_back(call);
+        return calls_.size();
+    }
+
+    std::vector<std::variant<Conv, Attention>> calls_;
 };
 
 void moments(uintptr_t x, int64_t images, int64_t pixels, int64_t channels, uintptr_t out, int threads) {
@@ -358,6 +385,8 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("inject", &inject);
     m.def("inject_backward", &inject_backward);
     m.def("conv", &conv);
-    py::class_<Tape>(m, "Tape").def(py::init<>()).def("add", &Tape::add).def("play", &Tape::play);
+    m.def("attention", &attention);
+    py::class_<Tape>(m, "Tape").def(py::init<>()).def("conv", &Tape::conv).def("attention", &Tape::attention).def(
+        "play", &Tape::play);
     m.def("moments", &moments);
 }

@@ -2,23 +2,9 @@
 #include "conv_rows.h"
 #include "conv_tiles.h"
 
-// OpenMP's own, without its header, which is the compiler's
-extern "C" {
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
-}
-
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
-
-// body(thread, threads) on all threads at once
-template <typename Body>
-void together(int threads, const Body& body) {
-    if (threads == 1) return body(0, 1);
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-}
 
 inline bool in_tiles(const Conv& call) { return call.kind == WINOGRAD || call.kind == WINOGRAD_UP; }
 

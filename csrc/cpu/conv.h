@@ -41,10 +41,21 @@ struct Conv {
     int threads;
 };
 
+// y (N, tokens, heads, depth) of qkv (N, tokens, 3, heads, depth); room: attention_room bytes at a multiple of 64
+struct Attention {
+    const float* qkv;
+    float* y;
+    int64_t images, tokens, heads, depth;
+    void* room;
+    int threads;
+};
+
 #define FASTDIFF_DECLARE_CONV(isa)                \
     namespace isa {                               \
     int64_t conv_room(const Conv& call);          \
     void conv(const Conv& call);                  \
+    int64_t attention_room(const Attention& call); \
+    void attention(const Attention& call);        \
     void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads); \
     }
 FASTDIFF_DECLARE_CONV(base)

@@ -3,6 +3,12 @@
 
 #include "maps.h"
 
+// OpenMP's own, without its header, which is the compiler's
+extern "C" {
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
+
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
@@ -15,6 +21,14 @@ inline void share(int thread, int threads, int64_t columns, int64_t rows, const 
     while (cuts < threads && cuts < rows && columns * cuts % threads && columns * cuts < 4 * threads) ++cuts;
     const int64_t all = columns * cuts, first = all * thread / threads, end = all * (thread + 1) / threads;
     for (int64_t i = first; i < end; ++i) body(i / cuts, rows * (i % cuts) / cuts, rows * (i % cuts + 1) / cuts);
+}
+
+// body(thread, threads) on all threads at once
+template <typename Body>
+inline void together(int threads, const Body& body) {
+    if (threads == 1) return body(0, 1);
+#pragma omp parallel num_threads(threads)
+    body(omp_get_thread_num(), omp_get_num_threads());
 }
 
 inline void wait(int threads) {

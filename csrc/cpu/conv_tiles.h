@@ -17,7 +17,7 @@ namespace {
 // Transformed inputs of a group stay in the third-level cache, products of a part of it in the second.
 constexpr int64_t GROUP_FLOATS = int64_t(1) << 20, PART_TILES = 64, CHUNK_TILES = 16;
 // Channels whose transformed weights stay there with them.
-constexpr int64_t DEPTH = 128;
+constexpr int64_t DEPTH = 64;
 // Floats of weights that are asked for before they are read.
 constexpr int64_t AHEAD = 32 * 9 * PANEL;
 // A float behind whole pages more: what is apart by a power of two would fall into one set of a cache.
@@ -294,6 +294,7 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
         wait(threads);
         // of the weights: as much as one block, the next of which lies behind it
         const int64_t ahead = divided(depth, plan.blocks) * 9 * PANEL;
+        const int64_t soon = smaller(plan.points, 3 + 180 / (behind(smaller(plan.part, count)) + 1));
         share(thread, threads, panels, divided(count, plan.part), [&](int64_t panel, int64_t first, int64_t end) {
             const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
             for (int64_t block = 0; block < plan.blocks; ++block) {
@@ -304,7 +305,8 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
                     const int64_t at = part * plan.part, chunks = smaller(plan.part, count - at);
                     const int64_t tiles = behind(at + chunks) - behind(at);
                     for (int64_t p = 0; p < plan.points; ++p) {
-                        if (part == first) fetch(weight + ahead, ahead, p, plan.points);
+                        // late, or what passes by meanwhile throws it out; early enough for a few tiles
+                        if (part + 1 == end && p >= plan.points - soon) fetch(weight + ahead, ahead, p - (plan.points - soon), soon);
                         product(v + p * room.v_point + behind(at) * room.v_tile + low, room.v_tile, tiles,
                                 u + p * room.u_point, PANEL, high - low, m + p * room.m_point, block > 0, columns);
                     }

@@ -22,12 +22,12 @@ constexpr int WIDE = 2, MOST = 6;
 // c (rows, 32) = a b for the columns of WIDE vectors, or c += a b
 template <int ROWS>
 __attribute__((noinline)) void block_product(const float* a, int64_t stride, const float* b, int64_t next,
-                                             int64_t depth, float* c, bool more) {
+                                             int64_t depth, float* c, int64_t line, bool more) {
     F32 sum[ROWS][WIDE];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < WIDE; ++v) sum[r][v] = more ? load(c + r * PANEL + v * LANES) : F32{};
+        for (int v = 0; v < WIDE; ++v) sum[r][v] = more ? load(c + r * line + v * LANES) : F32{};
     // rows in fives: a base, and one, two, three and four strides from it, are what an address can hold
     const float* base[(ROWS + 4) / 5];
 #pragma GCC unroll 4
@@ -51,26 +51,26 @@ __attribute__((noinline)) void block_product(const float* a, int64_t stride, con
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < WIDE; ++v) store(c + r * PANEL + v * LANES, sum[r][v]);
+        for (int v = 0; v < WIDE; ++v) store(c + r * line + v * LANES, sum[r][v]);
 }
 
 template <int ROWS>
 inline void block_product(int rows, const float* a, int64_t stride, const float* b, int64_t next, int64_t depth,
-                          float* c, bool more) {
-    if (rows == ROWS) return block_product<ROWS>(a, stride, b, next, depth, c, more);
-    if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, next, depth, c, more);
+                          float* c, int64_t line, bool more) {
+    if (rows == ROWS) return block_product<ROWS>(a, stride, b, next, depth, c, line, more);
+    if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, next, depth, c, line, more);
 }
 
-// c (rows, 32) = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted, the others are left alone or
+// c (rows, 32), whose rows are `line` apart, = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted, the others are left alone or
 // get anything
 inline void product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t next, int64_t depth, float* c,
-                    bool more, int64_t columns) {
+                    bool more, int64_t columns, int64_t line = PANEL) {
     const int64_t blocks = (rows + MOST - 1) / MOST;
     for (int64_t i = 0; i < blocks; ++i) {
         const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
         for (int64_t column = 0; column < columns; column += WIDE * LANES)
             block_product<MOST>((int)count, a + first * stride, stride, b + column, next, depth,
-                                c + first * PANEL + column, more);
+                                c + first * line + column, line, more);
     }
 }
 

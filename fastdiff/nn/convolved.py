@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Map, Pool, ResBlock, TableRow, as_map
+from fastdiff.ops.attention import attention
 from fastdiff.ops.norm_silu_conv import Packed, convolved
 from fastdiff.ops.tape import beside
 
@@ -145,9 +145,7 @@ class ConvolvedAttention(nn.Module):
         """(N, channels, H, W)."""
         x = as_map(x)
         n, channels, height, width = x.x.shape
-        h = self.qkv(x, measure=False).x.permute(0, 2, 3, 1)  # (N, H, W, 3 C), as it lies
-        q, k, v = h.view(n, height * width, 3, self.heads, channels // self.heads).permute(2, 0, 3, 1, 4)
-        h = beside(functional.scaled_dot_product_attention, q, k, v).transpose(1, 2)  # (N, L, heads, d)
-        h = h.reshape(n, height, width, channels).permute(0, 3, 1, 2)
+        h = self.qkv(x, measure=False).x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, L, 3 C), as it lies
+        h = attention(h, self.heads).view(n, height, width, channels).permute(0, 3, 1, 2)
         y: Map = self.out(h, residual=x.x, measure=self.divisor == 1)
         return y if self.divisor == 1 else Map(beside(lambda z: z / self.divisor, y.x))

@@ -1,5 +1,6 @@
 """The ops: one file each, reference first. Import the package to have all of them registered."""
 
+from fastdiff.ops.attention import attention
 from fastdiff.ops.dispatch import BackendUnavailable, backend, why
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.inject import inject
@@ -11,6 +12,7 @@ from fastdiff.ops.time_embed import time_embed
 
 __all__ = [
     "BackendUnavailable",
+    "attention",
     "backend",
     "group_norm_silu",
     "inject",

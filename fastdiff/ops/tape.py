@@ -102,7 +102,14 @@ class Tape:
     def conv(self, call: tuple[Any, ...], *read: Tensor | None) -> None:
         """Record a call of `native.cpu.conv`, which reads these tensors beside its parameters."""
         self._known(*read)
-        end = self._calls.add(call)
+        self._kernel(self._calls.conv(call))
+
+    def attention(self, call: tuple[int, ...], qkv: Tensor) -> None:
+        """Record a call of `native.cpu.attention`."""
+        self._known(qkv)
+        self._kernel(self._calls.attention(*call))
+
+    def _kernel(self, end: int) -> None:
         last = self._steps[-1] if self._steps else None
         if isinstance(last, tuple):
             self._steps[-1] = last[0], end
