@@ -356,6 +356,49 @@ private:
     std::vector<std::variant<Conv, Attention>> calls_;
 };
 
+// Whether tensors are at the addresses and of the versions that they had: torch's own `_version` and `data_ptr`, asked
+// without a step of Python for each.
+class Watch {
+public:
+    Watch(py::list tensors, py::object base) : tensors_(std::move(tensors)) {
+        version_ = reinterpret_cast<PyGetSetDescrObject*>(py::object(base.attr("_version")).ptr())->d_getset;
+        address_ = reinterpret_cast<PyMethodDescrObject*>(py::object(base.attr("data_ptr")).ptr())->d_method;
+        for (const py::handle tensor : tensors_) seen_.push_back({version_of(tensor.ptr()), address_of(tensor.ptr())});
+    }
+
+    bool same() const {
+        size_t i = 0;
+        for (const py::handle tensor : tensors_) {
+            const Seen& seen = seen_[i++];
+            if (version_of(tensor.ptr()) != seen.version || address_of(tensor.ptr()) != seen.address) return false;
+        }
+        return true;
+    }
+
+private:
+    struct Seen {
+        long long version;
+        unsigned long long address;
+    };
+
+    long long version_of(PyObject* tensor) const {
+        const auto number = py::reinterpret_steal<py::object>(version_->get(tensor, version_->closure));
+        if (!number) throw py::error_already_set();
+        return PyLong_AsLongLong(number.ptr());
+    }
+
+    unsigned long long address_of(PyObject* tensor) const {
+        const auto number = py::reinterpret_steal<py::object>(address_->ml_meth(tensor, nullptr));
+        if (!number) throw py::error_already_set();
+        return PyLong_AsUnsignedLongLong(number.ptr());
+    }
+
+    py::list tensors_;
+    PyGetSetDef* version_;
+    PyMethodDef* address_;
+    std::vector<Seen> seen_;
+};
+
 void moments(uintptr_t x, int64_t images, int64_t pixels, int64_t channels, uintptr_t out, int threads) {
     const py::gil_scoped_release released;
     chosen.moments(at<float>(x), images, pixels, channels, at<double>(out), threads);
@@ -384,6 +427,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("group_norm_backward", &group_norm_backward);
     m.def("inject", &inject);
     m.def("inject_backward", &inject_backward);
+    py::class_<Watch>(m, "Watch").def(py::init<py::list, py::object>()).def("same", &Watch::same);
     m.def("conv", &conv);
     m.def("attention", &attention);
     py::class_<Tape>(m, "Tape").def(py::init<>()).def("conv", &Tape::conv).def("attention", &Tape::attention).def(

@@ -10,12 +10,13 @@ net.load_state_dict(...); follower.refresh()            twin has them too
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from fastdiff.ops import native
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -123,8 +124,7 @@ class Follower:
         flat = list(now.values())
         self._marks = {name: _mark(p) for name, p in now.items()}
         self._content = [dict(d) for d in self._contents]
-        self._flat, self._versions = flat, [p._version for p in flat]
-        self._look, self._addresses = [p.data_ptr for p in flat], [p.data_ptr() for p in flat]
+        self._watch: Callable[[], bool] = _watch(flat)
         # while its memory is held here, no other tensor can come to lie at a parameter's address
         self._held = [p.detach() for p in flat]
 
@@ -135,11 +135,7 @@ class Follower:
         are compared, and may be equal in number; larger ones raise.
         """
         try:
-            return (
-                self._contents == self._content
-                and list(map(_VERSION, self._flat)) == self._versions
-                and list(map(operator.call, self._look)) == self._addresses
-            )
+            return self._contents == self._content and self._watch()
         except RuntimeError:
             return False
 
@@ -173,7 +169,13 @@ class Follower:
         return now
 
 
-_VERSION = operator.attrgetter("_version")
+def _watch(tensors: list[nn.Parameter]) -> Callable[[], bool]:
+    """Whether the tensors still are at the addresses and of the versions that they have now."""
+    if native.cpu is not None:
+        same: Callable[[], bool] = native.cpu.Watch(list(tensors), torch._C.TensorBase).same
+        return same
+    seen = [(p._version, p.data_ptr()) for p in tensors]
+    return lambda: [(p._version, p.data_ptr()) for p in tensors] == seen
 
 
 def _mark(p: Tensor) -> tuple[int, int, int]:
