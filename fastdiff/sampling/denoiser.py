@@ -77,12 +77,14 @@ class Denoiser:
             device=self._device,
         )
 
-    def prepare(self, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None) -> Denoiser:
+    def prepare(
+        self, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None, exact: bool = False
+    ) -> Denoiser:
         """The same reading of the network packed for inference, in `dtype` (None: its own), see `fastdiff.nn.prepare`.
 
-        Raises TypeError for a network that is no fastdiff.UNet: `fd.patch(net)` fuses the norms of any module.
+        exact: without Winograd's convolutions, which CPUs get otherwise in float32: only rounding differs then. Raises TypeError for a network that is no fastdiff.UNet: `fd.patch(net)` fuses the norms of any module.
         """
-        return self.with_net(prepare(self.net, dtype=dtype, tactics=tactics))  # type: ignore[arg-type]
+        return self.with_net(prepare(self.net, dtype=dtype, tactics=tactics, exact=exact))  # type: ignore[arg-type]
 
     def _like(self) -> Tensor | None:
         parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
