@@ -28,7 +28,7 @@ void conv(const Conv& call) {
 }
 
 void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads) {
-    constexpr int64_t RUN = 256;
+    constexpr int64_t RUN = 64;
     const int64_t lanes = divided(channels, LANES);
     together(threads, [&](int thread, int all) {
         for (int64_t i = images * lanes * thread / all; i < images * lanes * (thread + 1) / all; ++i) {

@@ -27,7 +27,7 @@ __attribute__((noinline)) void block_product(const float* a, int64_t stride, con
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < WIDE; ++v) sum[r][v] = more ? load(c + r * line + v * LANES) : F32{};
+        for (int v = 0; v < WIDE; ++v) sum[r][v] = F32{};
     // rows in fives: a base, and one, two, three and four strides from it, are what an address can hold
     const float* base[(ROWS + 4) / 5];
 #pragma GCC unroll 4
@@ -51,7 +51,10 @@ __attribute__((noinline)) void block_product(const float* a, int64_t stride, con
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < WIDE; ++v) store(c + r * line + v * LANES, sum[r][v]);
+        for (int v = 0; v < WIDE; ++v) {
+            float* to = c + r * line + v * LANES;
+            store(to, more ? load(to) + sum[r][v] : sum[r][v]);
+        }
 }
 
 template <int ROWS>
