@@ -139,7 +139,8 @@ def _backward(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 
     def formula(*tensors: Tensor | None) -> Tensor:
         given = {**ctx.given, **dict(zip(_TENSORS, tensors, strict=True))}
-        return norm_silu_conv_ref(*(given.pop(name) for name in _NAMES[:5]), **given)[0]
+        first = [given.pop(name) for name in _NAMES[:5]]
+        return norm_silu_conv_ref(*first, **given)[0]
 
     grads = dict(zip(_TENSORS, library.grads_of(formula, ctx.saved_tensors, dy), strict=True))
     return tuple(grads.get(name) for name in _NAMES)
@@ -181,6 +182,11 @@ def norm_silu_conv(
     check_numbers("norm_silu_conv", x, packed.outputs, per_image=False, bias=bias)
     check_numbers("norm_silu_conv", x, packed.outputs, per_image=True, add=add)
     shape = result_shape(x, *packed[1:], upsample=upsample, stride=stride, asymmetric=asymmetric)
+    if 0 in (*x.shape[2:], *shape[2:]):
+        least = 2 if asymmetric else 1
+        raise ValueError(
+            f"norm_silu_conv: x is {tuple(x.shape)}; accepted: images of at least {least} x {least} pixels"
+        )
     if residual is not None and residual.shape != shape:
         raise ValueError(f"norm_silu_conv: residual is {tuple(residual.shape)}; accepted: {shape}, as the result")
     return convolved(
@@ -194,7 +200,8 @@ def convolved(x: Tensor, packed: Packed, bias: Tensor | None, **given: Any) -> t
 
     moments, moments2: those of x and x2 where they are known, which saves reading both for the norm.
     """
-    y, moments = library.call("norm_silu_conv", x, *packed, bias, **given)
+    # the registered op has no defaults
+    y, moments = library.call("norm_silu_conv", x, *packed, bias, **{**_DEFAULTS, **given})
     return y, moments
 
 
@@ -213,8 +220,12 @@ def check(
         inputs = packed.weight.shape[1] // packed.size**2
         raise ValueError(f"norm_silu_conv: weight is for {inputs} channels, x (and x2) have {channels}")
     if groups < 0 or (groups and channels % groups):
-        raise ValueError(f"norm_silu_conv: groups={groups} does not divide the {channels} channels; pass a divisor, or 0")
-    if stride not in (1, 2) or (packed.size == 1 and (stride == 2 or upsample or asymmetric)):
+        raise ValueError(
+            f"norm_silu_conv: groups={groups} does not divide the {channels} channels; pass a divisor, or 0"
+        )
+    if upsample and packed.size == 1:
+        raise ValueError("norm_silu_conv: upsample=True goes with a 3x3 window")
+    if stride not in (1, 2) or (packed.size == 1 and stride == 2):
         raise ValueError(f"norm_silu_conv: stride={stride} with a window of {packed.size}; accepted: 1, or 2 with 3x3")
     if asymmetric and stride == 1:
         raise ValueError("norm_silu_conv: asymmetric=True goes with stride=2")
@@ -235,5 +246,6 @@ _NAMES = (
     *("x", "weight", "outputs", "size", "bias", "x2", "groups", "norm_weight", "norm_bias", "eps", "scale", "shift"),
     *("act", "add", "residual", "upsample", "stride", "asymmetric", "moments", "moments2", "measure"),
 )
+_DEFAULTS = norm_silu_conv_ref.__kwdefaults__
 dispatch.register("norm_silu_conv", "reference", norm_silu_conv_ref)
 library.kernel("norm_silu_conv", "cpp")
