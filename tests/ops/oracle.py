@@ -192,3 +192,45 @@ def time_embed(
         first, second = (torch.cos, torch.sin) if flip else (torch.sin, torch.cos)
         e[:, j], e[:, half + j] = first(angle), second(angle)
     return e
+
+
+def norm_silu_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    x2: Tensor | None = None,
+    groups: int = 0,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    act: bool = True,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+    stride: int = 1,
+    asymmetric: bool = False,
+) -> Tensor:
+    """A sum over the taps of the window: every tap is a product of the pixels that it meets, cut out of zeros."""
+    if groups:
+        given = {"eps": eps, "x2": x2, "scale": scale, "shift": shift, "act": act}
+        h = group_norm_silu(x, groups, norm_weight, norm_bias, **given)  # type: ignore[arg-type]
+    else:
+        h = x.double() if x2 is None else torch.cat([x.double(), x2.double()], 1)
+    if upsample:
+        rows, columns = (torch.arange(2 * s) // 2 for s in h.shape[2:])
+        h = h[:, :, rows][:, :, :, columns]
+    size, (height, width) = weight.shape[2], h.shape[2:]
+    front, back = (0, size // 2) if asymmetric else (size // 2, size // 2)
+    around = h.new_zeros(*h.shape[:2], front + height + back, front + width + back)
+    around[:, :, front : front + height, front : front + width] = h
+    down, across = ((around.shape[axis] - size) // stride + 1 for axis in (2, 3))
+    y = h.new_zeros(len(h), len(weight), down, across)
+    for i in range(size):
+        for j in range(size):
+            met = around[:, :, i : i + stride * down : stride, j : j + stride * across : stride]
+            y = y + torch.einsum("oc,nchw->nohw", weight[:, :, i, j].double(), met)
+    y = y + _channels(bias, y, 0.0) + _channels(add, y, 0.0)
+    return y if residual is None else y + residual.double()
