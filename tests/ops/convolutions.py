@@ -87,8 +87,8 @@ def far(y: Tensor, wanted: Tensor) -> float:
 def complaint(case: Case, args: dict[str, Any], y: Tensor) -> str | None:
     """What is wrong with a result.
 
-    Winograd: an error over 1e-5 of the result's norm. Others: over twice PyTorch's own largest and an ulp; behind a norm
-    two ulps, for its moments are sums of their own.
+    Winograd: an error over 1e-5 of the result's norm. Others: over twice PyTorch's own largest and an ulp; behind a
+    norm two ulps, for its moments are sums of their own.
     """
     wanted = exact(args)
     if y.shape != wanted.shape or (y.numel() and not y.is_contiguous(memory_format=LAST)):

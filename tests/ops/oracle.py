@@ -194,10 +194,8 @@ def time_embed(
     return e
 
 
-def norm_silu_conv(
+def conv_input(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     *,
     x2: Tensor | None = None,
     groups: int = 0,
@@ -207,21 +205,22 @@ def norm_silu_conv(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     act: bool = True,
-    add: Tensor | None = None,
-    residual: Tensor | None = None,
     upsample: bool = False,
-    stride: int = 1,
-    asymmetric: bool = False,
 ) -> Tensor:
-    """A sum over the taps of the window: every tap is a product of the pixels that it meets, cut out of zeros."""
+    """What norm_silu_conv convolves."""
     if groups:
         given = {"eps": eps, "x2": x2, "scale": scale, "shift": shift, "act": act}
         h = group_norm_silu(x, groups, norm_weight, norm_bias, **given)  # type: ignore[arg-type]
     else:
         h = x.double() if x2 is None else torch.cat([x.double(), x2.double()], 1)
-    if upsample:
-        rows, columns = (torch.arange(2 * s) // 2 for s in h.shape[2:])
-        h = h[:, :, rows][:, :, :, columns]
+    if not upsample:
+        return h
+    rows, columns = (torch.arange(2 * s) // 2 for s in h.shape[2:])
+    return h[:, :, rows][:, :, :, columns]
+
+
+def conv(h: Tensor, weight: Tensor, stride: int = 1, asymmetric: bool = False) -> Tensor:
+    """A sum over the taps of the window: every tap is a product of the pixels that it meets, cut out of zeros."""
     size, (height, width) = weight.shape[2], h.shape[2:]
     front, back = (0, size // 2) if asymmetric else (size // 2, size // 2)
     around = h.new_zeros(*h.shape[:2], front + height + back, front + width + back)
@@ -232,5 +231,21 @@ def norm_silu_conv(
         for j in range(size):
             met = around[:, :, i : i + stride * down : stride, j : j + stride * across : stride]
             y = y + torch.einsum("oc,nchw->nohw", weight[:, :, i, j].double(), met)
+    return y
+
+
+def norm_silu_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    add: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    asymmetric: bool = False,
+    **given: Any,
+) -> Tensor:
+    """conv(silu(norm([x, x2]))) + bias + add + residual."""
+    y = conv(conv_input(x, **given), weight, stride, asymmetric)
     y = y + _channels(bias, y, 0.0) + _channels(add, y, 0.0)
     return y if residual is None else y + residual.double()

@@ -7,9 +7,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastdiff as fd
-from fastdiff.ops import dispatch, group_norm_silu, inject, q_sample, step_, time_embed
+from fastdiff.ops import dispatch, group_norm_silu, inject, norm_silu_conv, q_sample, step_, time_embed
 from tests.ops import oracle
 from tests.ops.cases import CASES, Case, copied, inputs, run
+from tests.ops.convolutions import KINDS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -73,6 +74,27 @@ def test_inject(act):
     twice(lambda *a: inject(a[0], add=a[1], scale=a[2], shift=a[3], residual=a[4], act=act), tensors)
     (x,) = drawn((2, 3, 4))
     twice(lambda x: inject(x, residual=x, act=act), (x,))
+
+
+@pytest.mark.parametrize("act", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_norm_silu_conv(kind, act):
+    one = kind == "1x1"
+    x, weight, bias, norm_weight, norm_bias, add, x2 = drawn(
+        (2, 2, 2, 3), (2, 4, 1, 1) if one else (2, 4, 3, 3), (2,), (4,), (4,), (2, 2), (2, 2, 2, 3)
+    )
+    if "stride" in KINDS[kind]:
+        tensors = (x, weight[:, :2].detach().requires_grad_(), bias, add)
+        twice(lambda x, weight, bias, add: norm_silu_conv(x, weight, bias, add=add, **KINDS[kind]), tensors)
+        return
+
+    def f(x, weight, bias, norm_weight, norm_bias, add, x2):
+        given = {"groups": 2, "norm_weight": norm_weight, "norm_bias": norm_bias, "x2": x2, "add": add, "act": act}
+        shift = {"scale": norm_bias.sin(), "shift": norm_weight.sin()}
+        y = norm_silu_conv(x, weight, bias, **given, **shift, **KINDS[kind])
+        return norm_silu_conv(y, weight[:, :2], residual=y)
+
+    twice(f, (x, weight, bias, norm_weight, norm_bias, add, x2))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -174,6 +196,16 @@ SECOND = {
         lambda x, add, scale, shift, r: oracle.inject(x, add=add, scale=scale, shift=shift, residual=r.sin(), act=True),
         [(2, 5, 4, 3), (2, 5), (5,), (2, 5), (2, 5, 4, 3)],
     ),
+    "norm_silu_conv": (
+        lambda x, w, b, s, x2: norm_silu_conv(x, w, b[:4], groups=3, norm_weight=b, scale=s, x2=x2, add=b[:4]),
+        lambda x, w, b, s, x2: oracle.norm_silu_conv(x, w, b[:4], groups=3, norm_weight=b, scale=s, x2=x2, add=b[:4]),
+        [(2, 5, 4, 3), (4, 12, 3, 3), (12,), (2, 12), (2, 7, 4, 3)],
+    ),
+    "norm_silu_conv of relatives": (
+        lambda x, w: norm_silu_conv(x.sin(), w, residual=x, shift=x[:, :, 0, 0], groups=1, upsample=False),
+        lambda x, w: oracle.norm_silu_conv(x.sin(), w, None, residual=x, shift=x[:, :, 0, 0], groups=1),
+        [(2, 5, 4, 3), (5, 5, 3, 3)],
+    ),
     "q_sample": (
         lambda x0, noise: q_sample(x0, T, TABLE.to(x0.dtype), noise=noise).square(),
         lambda x0, noise: oracle.q_sample(x0, T, TABLE, noise=noise)["x_t"].square(),
@@ -229,6 +261,10 @@ def test_the_gradient_of_a_norm_over_one_number(backend):
 TRANSFORMED = {
     "group_norm_silu": (lambda x: group_norm_silu(x, 2, None, None), (3, 4, 5)),
     "inject": (lambda x: inject(x, add=torch.ones(4), act=True), (3, 4, 5)),
+    "norm_silu_conv": (
+        lambda x: norm_silu_conv(x, torch.ones(2, 4, 3, 3).to(x) / 9, groups=2),
+        (3, 4, 5, 3),
+    ),
     "q_sample": (
         lambda x: q_sample(x, torch.tensor([1, 0, 1]), TABLE.to(x.dtype), noise=torch.ones(3, 4, 5, dtype=x.dtype)),
         (3, 4, 5),

@@ -10,7 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
-from fastdiff.ops import dispatch, group_norm_silu, inject, normal, philox, q_sample, step_, time_embed
+from fastdiff.ops import (
+    dispatch,
+    group_norm_silu,
+    inject,
+    norm_silu_conv,
+    normal,
+    pack,
+    philox,
+    q_sample,
+    step_,
+    time_embed,
+)
 from tests.ops import describe, sweep
 from tests.ops.cases import Case, copied, inputs, run
 from tests.ops.describe_all import DESCRIPTIONS, cells_of
@@ -160,6 +171,18 @@ COMPILED = {
         (2, 4, 5, 3),
     ),
     "inject": (lambda x: inject(x, add=x[:, :, 0], shift=torch.ones(4), residual=2 * x, act=True), (2, 4, 5)),
+    "norm_silu_conv": (
+        lambda x: norm_silu_conv(
+            x,
+            torch.ones(5, 6, 3, 3),
+            x[0, 0, 0, :5],
+            groups=3,
+            x2=x[:, :2],
+            scale=x[:, :, 0].flatten(1)[:, :6],
+        ),
+        (2, 4, 3, 6),
+    ),
+    "a halving convolution": (lambda x: norm_silu_conv(x, pack(torch.ones(5, 4, 3, 3)), stride=2), (2, 4, 5, 6)),
     "time_embed": (lambda t: time_embed(t, 7, flip=True, scale=3.0), (5,)),
 }
 
@@ -174,7 +197,7 @@ def ops_in(counter):
 def test_compile(name, dynamic):
     """One graph with the registered op in it, its result and its gradient bit-equal to the eager call's."""
     function, shape = COMPILED[name]
-    op = {"channels last": "group_norm_silu"}.get(name, name)
+    op = {"channels last": "group_norm_silu", "a halving convolution": "norm_silu_conv"}.get(name, name)
     if BACKEND not in dispatch._table[op]:
         pytest.skip(f"no {BACKEND} kernel yet")
     torch._dynamo.reset()

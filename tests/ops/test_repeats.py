@@ -31,7 +31,8 @@ def large(name):
     if "spec" not in factors:
         return max(cells_of(name), key=size) | {"shape": (3, 3, 45, 43)}
     # enough numbers for a second thread, and pieces of a channel that are summed apart
-    return cells_of(name)[0] | {"spec": (1, 10, 10, (37, 29), 4), "regime": "plain", "add": "image", "affine": "both"}
+    own = {"spec": (1, 10, 10, (37, 29), 4), "regime": "plain", "add": "image", "affine": "both"}
+    return cells_of(name)[0] | own | {k: None for k in ("threads",) if k in factors}
 
 
 def bits(got):
@@ -60,11 +61,14 @@ def same(a, b):
     return torch.equal(a.nan_to_num(12345.0), b.nan_to_num(12345.0)) and torch.equal(a.isnan(), b.isnan())
 
 
+SHARED = ("weight", "bias", "norm_weight", "norm_bias", "table", "rows", "seed", "k")
+
+
 def one(args, n, images):
     """The arguments of image n alone."""
 
     def cut(name, v):
-        if name in ("weight", "bias", "table", "rows", "seed", "k") or not isinstance(v, Tensor) or v.ndim == 0:
+        if name in SHARED or not isinstance(v, Tensor) or v.ndim == 0:
             return {k: cut(k, w) for k, w in v.items()} if isinstance(v, dict) else v
         if name == "h":
             return v[:, n : n + 1].contiguous()
