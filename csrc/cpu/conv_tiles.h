@@ -100,6 +100,24 @@ struct TileRoom {
 // which of the 6 x 6 points are multiplied, in order: an image of repeated pixels has zeros at 2
 FASTDIFF_INLINE inline bool taken(bool up, int i) { return !(up && i == 2); }
 
+// Pixels of line y of what is convolved, `width` of them from `left` on, zeros outside of the image
+template <bool UP>
+void put_line(const Conv& call, const Tiling& plan, const Reader& reader, int64_t n, int64_t y, int64_t left,
+              int64_t width, float* out) {
+    const int64_t begin = larger(left, 0), end = smaller(left + width, plan.width);
+    const bool inside = y >= 0 && y < plan.height && begin < end;
+    for (int64_t x = left; x < (inside ? begin : left + width); ++x) store(out + (x - left) * LANES, F32{});
+    if (!inside) return;
+    for (int64_t x = end; x < left + width; ++x) store(out + (x - left) * LANES, F32{});
+    if (!UP) return reader(n, y * call.in.width + begin, end - begin, out + (begin - left) * LANES);
+    // whole pairs of repeated pixels, and half a pair at either end
+    const int64_t line = y / 2 * call.in.width, low = divided(begin, 2), high = end / 2;
+    F32 pair[2];
+    if (begin % 2) reader.twice(n, line + begin / 2, 1, (float*)pair), store(out, pair[0]);
+    reader.twice(n, line + low, high - low, out + (2 * low - left) * LANES);
+    if (end % 2) reader.twice(n, line + high, 1, (float*)pair), store(out + (end - 1 - left) * LANES, pair[0]);
+}
+
 // Transforms the input of chunks [first, end), LANES channels of it; v: of the first one's first tile and channel 0
 template <bool UP>
 void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room, const Numbers& numbers, int64_t lane,
@@ -119,36 +137,7 @@ void transform_input(const Conv& call, const Tiling& plan, const TileRoom& room,
             const int64_t top = (chunk.row + r) * TILE_OUT - 1;
             for (int64_t k = r || goes_on ? 2 : 0; k < POINTS; ++k) {
                 const int64_t y = top + k;
-                float* row = ring + (y + 1) % POINTS * span * LANES;
-                // pixels of this row that there are: [begin, stop)
-                const bool inside = y >= 0 && y < plan.height;
-                const int64_t begin = larger(left, 0), stop = inside ? smaller(left + width, plan.width) : begin;
-                const int64_t zeros = stop > begin ? begin - left : width;
-                for (int64_t x = 0; x < zeros; ++x) store(row + x * LANES, F32{});
-                if (stop <= begin) continue;
-                if (UP) {
-                    // pairs of pixels, the first and the last of which may be cut in half
-                    const int64_t half = begin / 2, halves = divided(stop, 2) - half;
-                    float* to = row + (2 * half - left) * LANES;
-                    if (begin % 2) {
-                        F32 one[2];
-                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + half, 1, (float*)one);
-                        store(to + LANES, one[1]);
-                        if (halves > 1)
-                            reader.operator()<2>(chunk.image, y / 2 * call.in.width + half + 1,
-                                                 halves - 1 - stop % 2, to + 2 * LANES);
-                    } else {
-                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + half, halves - stop % 2, to);
-                    }
-                    if (stop % 2) {
-                        F32 one[2];
-                        reader.operator()<2>(chunk.image, y / 2 * call.in.width + stop / 2, 1, (float*)one);
-                        store(row + (stop - 1 - left) * LANES, one[0]);
-                    }
-                } else {
-                    reader(chunk.image, y * call.in.width + begin, stop - begin, row + (begin - left) * LANES);
-                }
-                for (int64_t x = stop - left; x < width; ++x) store(row + x * LANES, F32{});
+                put_line<UP>(call, plan, reader, chunk.image, y, left, width, ring + (y + 1) % POINTS * span * LANES);
             }
             // down each column once, though two tiles share it
             const float* rows[POINTS];

@@ -126,14 +126,17 @@ struct Reader {
             run<NORM, ACT, TIMES, false>(from, count, out);
     }
 
-    // whole vectors: what lies behind the channels that there are is written too
-    template <int TIMES = 1>
-    void operator()(int64_t n, int64_t first, int64_t count, float* out) const {
+    template <int TIMES>
+    void repeated(int64_t n, int64_t first, int64_t count, float* out) const {
         const float* from = lane.first + (n * in.height * in.width + first) * lane.stride;
         if (!in.groups) return all<false, false, TIMES>(from, count, out);
         if (!in.act) return all<true, false, TIMES>(from, count, out);
         all<true, true, TIMES>(from, count, out);
     }
+
+    // whole vectors: what lies behind the channels that there are is written too
+    void operator()(int64_t n, int64_t first, int64_t count, float* out) const { repeated<1>(n, first, count, out); }
+    void twice(int64_t n, int64_t first, int64_t count, float* out) const { repeated<2>(n, first, count, out); }
 
     // `step` floats apart, and nothing behind the channels that there are
     void put(int64_t n, int64_t first, int64_t count, float* out, int64_t step) const {

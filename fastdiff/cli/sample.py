@@ -54,6 +54,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = opt("float32", "of the network; the state is always float32")
     backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = opt("auto", "a backend named here runs or fails")
     run: Literal["auto", "eager", "compiled", "graph"] = opt("auto", "the loop: auto is graph on a GPU, else eager")
+    exact: bool = opt(False, "on a CPU: no Winograd convolutions, which differ by a few 1e-6 (den.prepare(exact=True))")
     progress: bool = opt(True, "draw a progress bar")
 
 
@@ -76,6 +77,8 @@ def run(options: Options) -> int:
     classes = _classes(o.class_, den)
     w = _weight(o.guidance, den, classes)
     cast("torch.nn.Module", den.net).to(device=where, dtype=getattr(torch, o.dtype))
+    if (where, o.dtype) == ("cpu", "float32") and o.backend != "reference" and type(den.net) is fd.UNet:
+        den = den.prepare(exact=o.exact)
     labels = [classes[i % len(classes)] for i in range(o.n)] if classes else None
     with fd.backend(o.backend):
         start = time.perf_counter()
