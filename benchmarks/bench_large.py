@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.bench_unet import case
+from benchmarks.bench_unet import Row, case
 from benchmarks.case import Case
 from benchmarks.models import ADM, EDM
 
@@ -12,4 +12,4 @@ from benchmarks.models import ADM, EDM
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
     """All lines of the report."""
     for model in (EDM, ADM):
-        yield case(model, model.name, 1, device=device, compiled=not quick)
+        yield case(Row(model, model.name, 1))

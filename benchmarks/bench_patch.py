@@ -49,6 +49,6 @@ def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
     if quick:
         yield case("small 32x32", SMALL.diffusers, 4, device=device, last=True, compiled=False)
         return
-    for batch in (1, 4):
-        for last in (False, True):
-            yield case("DDPM CIFAR-10", DDPM.diffusers, batch, device=device, last=last, compiled=True)
+    for last in (False, True):
+        # compiling takes longer than all else, and channels_last is what it is fastest with
+        yield case("DDPM CIFAR-10", DDPM.diffusers, 4, device=device, last=last, compiled=last)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 import fastdiff as fd
 from benchmarks.case import Case
+from benchmarks.end_to_end import notes
 from benchmarks.models import DDPM, pair
 from fastdiff.sampling.run import Run
 
+__all__ = ["cases", "notes"]
 STEPS = 50
 
 
@@ -21,7 +23,8 @@ def _nothing(x: Tensor, t: Tensor, cond: Any = None) -> Tensor:
     return x
 
 
-def _their_loop(den: fd.Denoiser, x: Tensor, cond: Tensor | None, eta: float, steps: int) -> Any:
+def their_loop(den: fd.Denoiser, x: Tensor, cond: Tensor | None, eta: float, steps: int) -> Any:
+    """diffusers' loop from x around den's network, as a function without arguments. Raises ImportError."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(
@@ -68,7 +71,7 @@ def case(
     variants: dict[str, Any] = {**ours}
     skipped = {}
     try:
-        variants["diffusers DDIMScheduler loop"] = _their_loop(den, x, cond, eta, steps)
+        variants["diffusers DDIMScheduler loop"] = their_loop(den, x, cond, eta, steps)
     except ImportError as error:
         skipped["diffusers DDIMScheduler loop"] = str(error)
 
@@ -76,7 +79,7 @@ def case(
         if skipped:
             return None
         # with noise the two draw different numbers: the deterministic loops are what can be compared
-        wanted = _their_loop(den, x, cond, 0.0, steps)()
+        wanted = their_loop(den, x, cond, 0.0, steps)()
         worst = max(float((loop(0.0) - wanted).abs().max()) for loop in ours.values())
         assert worst <= 1e-3, worst
         return worst

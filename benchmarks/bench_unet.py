@@ -1,54 +1,76 @@
-"""One forward pass of the U-Net in fp32: ours against the rival's with the same weights, each at its best setting."""
+"""One forward pass of U-Nets in fp32 on a CPU: ours against everybody's engine with the same weights, each at its best.
+
+Beside the whole batch sizes there are a row with one thread and one with AVX2 alone (`forced.py`); what the fast
+convolutions do to the numbers, and what memory networks take, are notes behind them.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
-import torch
+from benchmarks import effect, forced, memory
+from benchmarks.case import Case, later
+from benchmarks.cpu import EXACT, PLAIN, PREPARED, Given, made
+from benchmarks.engines import ENGINES
+from benchmarks.models import ADM_SMALL, DDPM, FASHION, SMALL, Model, pair
+from benchmarks.note import Note
 
-from benchmarks.case import Case
-from benchmarks.models import DDPM, SMALL, Model, condition, pair
-from fastdiff.nn import prepare
+SECONDS = 30.0
+"""For timing one row."""
 
 
-def case(model: Model, name: str, batch: int, *, device: str, compiled: bool) -> Case:
-    """One network at one batch size."""
-    ours, theirs, label, missing = pair(model, device)
-    packed = prepare(ours)
-    x = torch.randn(batch, 3, model.size, model.size, generator=torch.Generator().manual_seed(0)).to(device)
-    t = torch.full((batch,), 500, device=device)
-    labels = condition(model, batch)
-    cond = None if labels is None else labels.to(device)
-    last = x.contiguous(memory_format=torch.channels_last)
-    theirs_last = copy.deepcopy(theirs).to(memory_format=torch.channels_last)
-    variants: dict[str, Any] = {
-        "ours": lambda: ours(x, t, cond),
-        "ours, prepared": lambda: packed(last, t, cond),
-        f"{label} eager": lambda: theirs(x, t, cond),
-        f"{label} eager, channels_last": lambda: theirs_last(last, t, cond),
-    }
-    if compiled:
-        options = {"freezing": True} if device == "cpu" else None
-        fast = torch.compile(theirs, dynamic=False, options=options)
-        variants[f"{label} torch.compile" + (", freezing" if options else "")] = lambda: fast(x, t, cond)
+class Row(NamedTuple):
+    """One comparison."""
 
-    def check() -> float:
-        wanted = theirs(x, t, cond)
-        worst = max(float((net(x, t, cond) - wanted).norm() / wanted.norm()) for net in (ours, packed))
-        assert worst <= 1e-5, worst
-        return worst
+    model: Model
+    name: str
+    batch: int
+    modes: tuple[str, ...] = ("freezing",)
+    """Of torch.compile: "default", "freezing"."""
+    engines: tuple[str, ...] = tuple(ENGINES)
+    threads: int | None = None
+    """None: all."""
 
-    skipped = {} if missing is None else {"diffusers": missing}
-    title = f"U-Net {name}, batch {batch}, fp32"
-    return Case(title, "ours", variants, check, unit="ms", skipped=skipped, also=("ours, prepared",))
+    @property
+    def title(self) -> str:
+        """Names it."""
+        return f"U-Net {self.name}, batch {self.batch}, fp32" + ("" if self.threads is None else ", 1 thread")
+
+
+BOTH = ("default", "freezing")
+ROWS = (
+    *(Row(DDPM, "DDPM CIFAR-10", batch, BOTH) for batch in (1, 4, 16)),
+    *(Row(ADM_SMALL, ADM_SMALL.name, batch) for batch in (1, 4)),
+    *(Row(FASHION, FASHION.name, batch) for batch in (16, 64)),
+    Row(DDPM, "DDPM CIFAR-10", 4, threads=1),
+)
+QUICK = (Row(SMALL, "small 32x32", 4, (), ()),)
+
+
+def case(row: Row) -> Case:
+    """Made when it is measured."""
+
+    def make() -> Case:
+        found, facts = made(Given.of(row.model, pair(row.model, "cpu"), row.batch), row.modes, row.engines)
+        also = tuple(name for name in (PLAIN, EXACT) if name in found.variants)
+        return Case(
+            row.title, PREPARED, dict(found.variants), found.check, unit="ms", skipped=found.skipped, also=also,
+            network=facts, seconds=SECONDS,
+        )  # fmt: skip
+
+    return later(row.title, PREPARED, make, threads=row.threads)
 
 
 def cases(device: str, backend: str, quick: bool) -> Iterator[Case]:
     """All lines of the report."""
-    if quick:
-        yield case(SMALL, "small 32x32", 4, device=device, compiled=False)
-        return
-    for batch in (1, 4, 16):
-        yield case(DDPM, "DDPM CIFAR-10", batch, device=device, compiled=True)
+    for row in QUICK if quick else ROWS:
+        yield case(row)
+
+
+def notes(quick: bool) -> Iterator[Note]:
+    """What is measured once, behind the rows."""
+    yield from effect.notes(quick)
+    if not quick:
+        yield from forced.notes()
+        yield from memory.notes()

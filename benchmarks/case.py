@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.timing import Call, Variants
 from fastdiff.ops import dispatch
+
+if TYPE_CHECKING:
+    from benchmarks.cpu import Network
 
 
 class Case(NamedTuple):
@@ -26,6 +29,23 @@ class Case(NamedTuple):
     """Rivals that are not there, and why."""
     also: tuple[str, ...] = ()
     """Variants that are other kernels of ours, no rivals."""
+    make: Callable[[], Case] | None = None
+    """Makes the case, where that takes long: called when its turn comes, and not before its title is known."""
+    threads: int | None = None
+    """Of torch, where they are not all."""
+    network: Network | None = None
+    """What there is to say of a network beside the times."""
+    seconds: float | None = None
+    """About how long it may be timed; five rounds at least."""
+
+
+def later(title: str, ours: str, make: Callable[[], Case], *, threads: int | None = None) -> Case:
+    """A case that is made when it is measured."""
+
+    def early() -> float | None:
+        raise AssertionError(f"{title} was checked before it was made")
+
+    return Case(title, ours, {ours: early}, early, unit="ms", make=make, threads=threads)
 
 
 def each(f: Callable[..., object], sets: Sequence[tuple[Any, ...]], **given: Any) -> list[Call]:

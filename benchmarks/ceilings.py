@@ -47,6 +47,17 @@ def matmul_rate(device: str, size: int | None = None) -> float:
     return 2 * n**3 / statistics.median(taken["matmul"])
 
 
+def peaks() -> tuple[float, float]:
+    """FLOP/s on a CPU in fp32, the best of some calls in turn: of torch.mm, 512 x 512 x 512, and of torch's 3x3
+    convolution, 128 to 128 channels, 32x32, batch 4."""
+    a, b, x = torch.randn(512, 512), torch.randn(512, 512), torch.randn(4, 128, 32, 32)
+    conv = torch.nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    last = x.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        taken = interleaved({"mm": lambda: a @ b, "conv": lambda: conv(last)}, rounds=25, floor=1e-2)
+    return 2 * 512**3 / min(taken["mm"]), 2 * 9 * 128 * x.numel() / min(taken["conv"])
+
+
 def ceilings(model: Model, flop: float, speed: Speed) -> tuple[float, ...]:
     """Image-steps/s of a network of `flop` an image, one for each of WAYS; the first alone where no bytes are counted.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastdiff as fd
-from benchmarks.models import Model, Pair, condition, count, pair, predicts
+from benchmarks.models import Model, Pair, condition, count, pair, predicts, shape
 from fastdiff.sampling.capture import Cuda, Recorder
 
 CHECKED = 4
@@ -102,7 +102,7 @@ class Setting:
 
     def __init__(self, nets: Nets, batch: int) -> None:
         self.nets, self.batch, self.device = nets, batch, nets.device
-        self.shape = (batch, 3, nets.model.size, nets.model.size)
+        self.shape = shape(nets.model, batch)
         self.x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(nets.device)
         self.t = torch.full((batch,), 500, device=nets.device)
         labels = condition(nets.model, batch)

@@ -88,7 +88,8 @@ class PlainAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W)."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # no more than four axes at a time: ncnn has no more
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.qkv(tokens).chunk(3, 2))
         h = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         y: Tensor = x + self.out(h).transpose(1, 2).reshape(x.shape)
         return y

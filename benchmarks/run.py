@@ -16,6 +16,7 @@ import importlib
 import json
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ HERE = Path(__file__).resolve().parent
 # behind what is installed: the report is about that, not about a source tree without compiled kernels
 sys.path.append(str(HERE.parent))
 
+from benchmarks import network_table  # noqa: E402
 from benchmarks.case import Case, together  # noqa: E402
+from benchmarks.cpu import threads_of  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
 from benchmarks.timing import LAUNCHES, copy_bandwidth, interleaved, launch, ratio  # noqa: E402
 
@@ -36,6 +39,8 @@ SECTIONS = {
     "sampler": ("bench_sampler",),
 }
 LARGE = 1 << 27
+PAUSE = 0.03
+"""Seconds in which threads that wait for work go to sleep."""
 SCALE = {"us": 1e6, "ms": 1e3}
 
 
@@ -61,10 +66,13 @@ def measure(case: Case, rounds: int, device: str, graphs: bool) -> dict[str, Any
     """Check, then time one case."""
     # cases compile the same functions anew, and the compiler counts
     torch.compiler.reset()
-    with torch.no_grad():
+    with torch.no_grad(), threads_of(case.threads):
+        if case.make is not None:
+            case = case.make()
         worst = case.check()
-        taken = interleaved(case.variants, rounds=rounds, device=device, graphs=graphs)
-    rivals = [n for n in taken if n not in (case.ours, *case.also)]
+        taken = _network(case, rounds) if case.network else _ops(case, rounds, device, graphs)
+    uncounted = case.network.uncounted if case.network else ()
+    rivals = [n for n in taken if n not in (case.ours, *case.also, *uncounted)]
     return {
         "title": case.title,
         "unit": case.unit,
@@ -76,8 +84,28 @@ def measure(case: Case, rounds: int, device: str, graphs: bool) -> dict[str, Any
         "best_rival": min((ratio(taken, n, case.ours) for n in rivals), default=None),
         "bytes": case.bytes_moved,
         "skipped": case.skipped or {},
+        "network": case.network and nested(case.network),
         "seconds": taken,
     }
+
+
+def _ops(case: Case, rounds: int, device: str, graphs: bool) -> dict[str, list[float]]:
+    return interleaved(case.variants, rounds=rounds, device=device, graphs=graphs)
+
+
+def _network(case: Case, rounds: int) -> dict[str, list[float]]:
+    """Engines have thread pools of their own, so that each is left to itself; what takes long has fewer rounds."""
+    begin = time.perf_counter()
+    for call in case.variants.values():
+        call()  # type: ignore[operator]
+    once = time.perf_counter() - begin
+    fewer = max(5, int(case.seconds / once)) if case.seconds else rounds
+    return interleaved(case.variants, rounds=min(rounds, fewer), warm=0, pause=PAUSE)
+
+
+def nested(record: Any) -> Any:
+    """A NamedTuple as JSON has it."""
+    return {k: nested(v) for k, v in record._asdict().items()} if hasattr(record, "_asdict") else record
 
 
 def _rate(result: dict[str, Any], seconds: float, copy: float) -> str:
@@ -90,6 +118,8 @@ def _rate(result: dict[str, Any], seconds: float, copy: float) -> str:
 
 def lines(result: dict[str, Any], copy: float) -> list[str]:
     """One case as rows of a Markdown table."""
+    if result["network"]:
+        return network_table.lines(result)
     out = [f"### {result['title']}", "", "| variant | median | ours is faster by |", "|---|---|---|"]
     for name, seconds in result["median"].items():
         cell = f"{seconds * SCALE[result['unit']]:.1f} {result['unit']}"
@@ -135,12 +165,12 @@ def report(
     graphs = section == "ops" and device.startswith("cuda")
     head = ", ".join(f"{k} {v}" for k, v in about.items() if v is not None)
     text = [f"# fastdiff: {section}", "", head, "", f"Copy bandwidth (read + write): {copy / 1e9:.1f} GB/s."]
-    text += [_method(rounds, graphs)]
+    text += [_method(rounds, graphs), *(["", network_table.METHOD] if section == "unet" else [])]
     if graphs:
         text += [f"A kernel on one number takes {1e6 * launch(device):.2f} us."]
     text += [""]
     print("\n".join(text), flush=True)
-    results, titles = [], []
+    results, titles, notes = [], [], {}
     backends = backends_of(device)[: None if section == "ops" else 1]
     for name in (*SECTIONS[section], *more):
         try:
@@ -152,13 +182,20 @@ def report(
                 results.append(measure(case, rounds, device, graphs))
                 text += lines(results[-1], copy)
                 print("\n".join(lines(results[-1], copy)), flush=True)
+            for note in module.notes(quick) if hasattr(module, "notes") else ():
+                titles.append(note.title)
+                if only in note.title:
+                    notes[note.title] = found = note.measure()
+                    text += (said := [f"### {note.title}", "", *note.lines(found)])
+                    print("\n".join(said), flush=True)
         except (ImportError, RuntimeError) as error:
             # what is missing or does not compile here costs its own rows, not the report; a wrong result stops it
             text.append(f"{name}: the rest is skipped, {type(error).__name__}: {error}")
             print(text[-1])
-    if only and not results:
+    if only and not results and not notes:
         raise NothingFound(f"--only {only!r}: no case of {section} has it in its title; there are: {'; '.join(titles)}")
-    return {"machine": about, "copy_bytes_per_second": copy, "rounds": rounds, "cases": results}, "\n".join(text)
+    record = {"machine": about, "copy_bytes_per_second": copy, "rounds": rounds, "cases": results, "notes": notes}
+    return record, "\n".join([*text, *network_table.settings(results)])
 
 
 def on_gpu(section: str, args: argparse.Namespace, out: Path) -> None:

@@ -71,13 +71,21 @@ def _graph(calls: Sequence[Call]) -> Timer:
 
 
 def interleaved(
-    variants: Variants, *, rounds: int, floor: float = 2e-3, device: str = "cpu", graphs: bool = False, warm: int = 2
+    variants: Variants,
+    *,
+    rounds: int,
+    floor: float = 2e-3,
+    device: str = "cpu",
+    graphs: bool = False,
+    warm: int = 2,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of a call, `rounds` repetitions a variant, taken in turn.
 
-    Each repetition loops the call until it lasts about `floor` seconds; the first calls of each variant (compilation,
-    caches, thread pools), `warm` of them and one more, are not counted. graphs: capture them on a CUDA device, for ops;
-    whole loops are run as users run them.
+    Each repetition loops the call until it lasts about `floor` seconds, or once where that is 0; the first calls of
+    each variant (compilation, caches, thread pools), `warm` of them and one more to find out how long it lasts, are not
+    counted. graphs: capture them on a CUDA device, for ops; whole loops are run as users run them. pause: seconds in
+    front of each repetition, until threads that another variant left spinning have gone to sleep.
     """
     timers: dict[str, Timer] = {}
     loops = {}
@@ -87,10 +95,11 @@ def interleaved(
             call()
         cuda = device.startswith("cuda")
         timers[name] = (_graph if graphs else _events)(calls) if cuda else _host(calls)
-        loops[name] = max(1, round(floor / max(timers[name](1), 1e-7)))
+        loops[name] = max(1, round(floor / max(timers[name](1), 1e-7))) if floor else 1
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, timer in timers.items():
+            time.sleep(pause)
             taken[name].append(timer(loops[name]))
     return taken
 
