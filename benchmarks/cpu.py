@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import inspect
 import os
 import tempfile
 import time
@@ -144,10 +143,7 @@ def has_amx() -> bool:
 
 def own(net: fd.UNet) -> dict[str, Callable[[], nn.Module]]:
     """Our network, and what `prepare` makes of it."""
-    made: dict[str, Callable[[], nn.Module]] = {PLAIN: lambda: net, PREPARED: lambda: prepare(net)}
-    if "exact" in inspect.signature(prepare).parameters:
-        made[EXACT] = lambda: prepare(net, exact=True)  # type: ignore[call-arg]
-    return made
+    return {PLAIN: lambda: net, PREPARED: lambda: prepare(net), EXACT: lambda: prepare(net, exact=True)}
 
 
 def ours(given: Given) -> dict[str, Make]:

@@ -25,9 +25,11 @@ import torch  # noqa: E402
 
 from benchmarks.forced import command  # noqa: E402
 from benchmarks.note import Note  # noqa: E402
+from fastdiff.nn import prepare  # noqa: E402
 
+DROPPED = "ours, prepared, the net dropped"
 WHAT = (
-    *("ours, prepared", "ours, prepared exactly", "eager", "eager, channels_last"),
+    *(DROPPED, "ours, prepared", "ours, prepared exactly", "eager", "eager, channels_last"),
     *("ONNX Runtime", "OpenVINO", "MNN", "ncnn"),
 )
 
@@ -57,6 +59,8 @@ def variant(what: str, given: Any) -> Any:
         run = engines.build(what, export, torch.get_num_threads()).run
         export.close()
         return partial(run, *export.inputs)
+    if what == DROPPED:
+        return given.bound(prepare(given.pair.ours, follow=False), last=True)
     makes = {**ours(given), **{name.removeprefix(f"{given.pair.label} "): make
                                for name, make in torch_rivals(given, ()).items()}}  # fmt: skip
     return makes[what]()

@@ -78,7 +78,7 @@ def run(options: Options) -> int:
     w = _weight(o.guidance, den, classes)
     cast("torch.nn.Module", den.net).to(device=where, dtype=getattr(torch, o.dtype))
     if (where, o.dtype) == ("cpu", "float32") and o.backend != "reference" and type(den.net) is fd.UNet:
-        den = den.prepare(exact=o.exact)
+        den = den.prepare(exact=o.exact, follow=False)
     labels = [classes[i % len(classes)] for i in range(o.n)] if classes else None
     with fd.backend(o.backend):
         start = time.perf_counter()

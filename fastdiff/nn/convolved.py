@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastdiff.nn.group_norm import GroupNorm
@@ -83,7 +82,8 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor | Map) -> Tensor:
         """(N, outputs, H, W)."""
-        return self.conv(x, measure=False).x
+        F: Map = self.conv(x, measure=False)
+        return F.x
 
 
 class Centered(nn.Module):
@@ -119,7 +119,8 @@ class ConvolvedResBlock(nn.Module):
 
     def forward(self, x: Tensor | Map, emb: Tensor | TableRow, skip: Tensor | Map | None = None) -> Map:
         """See ResBlock."""
-        block, x = self.block, as_map(x)
+        block: Any = self.block
+        x = as_map(x)
         e = block.time(emb) if isinstance(emb, Tensor) else block.cut(emb)
         scale, shift = e.chunk(2, -1) if block.scale_shift else (None, None)
         add = None if block.scale_shift else e

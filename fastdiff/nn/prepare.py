@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastdiff.nn import own
 from fastdiff.nn.follow import LAST, Follower, Packer
 from fastdiff.nn.fp8 import Fp8Linear, Fp8Shortcut, fits
 from fastdiff.nn.known import is_bare
 from fastdiff.nn.layers import Attention, Deep, Nearest, ResBlock, Up
-from fastdiff.nn import own
 from fastdiff.nn.packed import BiasedNorm, FoldedUp, PreparedResBlock, Shortcut, folded
 from fastdiff.nn.tapes import Tapes
 from fastdiff.nn.unet import UNet
@@ -53,10 +53,10 @@ class Tactics(NamedTuple):
     given. Saves a launch a ResBlock but one."""
 
     winograd: bool = True
-    """On CPUs, in float32, for images: convolutions are C++ of ours, with the norms in front and the sums behind them in
-    their own passes; 3x3 ones by Winograd's F(4x4, 3x3), a quarter of the multiplications. A convolution then errs by a
-    few 1e-6 of its result's norm where a direct one errs by a few 1e-7. The tactics above but time_product are then
-    not looked at: nothing is left for them. `prepare(exact=True)` is the same as winograd=False."""
+    """On CPUs, in float32, for images: convolutions and attention are C++ of ours, norms in front and sums behind in
+    their own passes, 3x3 ones by Winograd's F(4x4, 3x3) with a quarter of the multiplications. A convolution errs by
+    a few 1e-6 of its result's norm where a direct one errs by a few 1e-7. Of the tactics above time_product alone is
+    then looked at: nothing is left for the others. `prepare(exact=True)` is the same as winograd=False."""
 
     fp8: bool = False
     """LOSSY, and so not on by itself: the linear layers of attention and the 1x1 shortcuts multiply in float8 (e4m3),
@@ -65,11 +65,17 @@ class Tactics(NamedTuple):
 
 
 def prepare(
-    net: UNet, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None, exact: bool = False
+    net: UNet,
+    *,
+    dtype: torch.dtype | None = None,
+    tactics: Tactics | None = None,
+    exact: bool = False,
+    follow: bool = True,
 ) -> PreparedUNet:
     """A copy of `net` for inference, in `dtype` (None: as net is) and with `tactics` (None: `Tactics()`).
 
-    exact: without Winograd's convolutions, so that only rounding differs from net.
+    exact: without Winograd's convolutions, so that only rounding differs from net. follow=False: the copy does not
+    follow, and holds nothing of net: once nobody else does, only the packed weights take memory.
 
     net stays as it is and can be trained on; the copy follows its numbers, see `PreparedUNet`. Raises TypeError for
     anything but a UNet with the modules that UNet puts into it, ValueError for a dtype that is no float of 16 bits or
@@ -82,7 +88,7 @@ def prepare(
     with torch.inference_mode(False), torch.no_grad():
         packer = Packer(net, dtype or net.time.linear1.weight.dtype, tactics.channels_last)
         twin: Any = packer.twin().eval()
-        return PreparedUNet(twin, swap(twin, packer, tactics), packer, tactics)
+        return PreparedUNet(twin, swap(twin, packer, tactics), packer, tactics, follow)
 
 
 class PreparedUNet(nn.Module):
@@ -96,11 +102,14 @@ class PreparedUNet(nn.Module):
     Gradients go to x and the conditions, not to weights; dropout is off.
     """
 
-    def __init__(self, twin: UNet, times: nn.Linear | None, packer: Packer, tactics: Tactics) -> None:
+    def __init__(
+        self, twin: UNet, times: nn.Linear | None, packer: Packer, tactics: Tactics, follow: bool = True
+    ) -> None:
         super().__init__()
         self.net, self.times, self.tactics = twin, times, tactics
-        self._follower: Follower = packer.fill(self)
-        self._made = packer.net, packer.dtype
+        follower = packer.fill(self)
+        self._follower: Follower | None = follower if follow else None
+        self._source, self._dtype = packer.net if follow else None, packer.dtype
         self._tapes = Tapes(twin) if own.has(twin) and times is not None else None
         self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
         self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
@@ -120,7 +129,7 @@ class PreparedUNet(nn.Module):
         if self.times is not None and table_row is None:
             table_row = self.times(self.net.embed(t, cond, x))
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
-            x = x.to(self._made[1], memory_format=LAST[x.ndim])
+            x = x.to(self._dtype, memory_format=LAST[x.ndim])
         if self._tapes is not None and deep is None and table_row is not None:
             played = self._tapes(x, table_row)
             if played is not None:
@@ -142,19 +151,24 @@ class PreparedUNet(nn.Module):
 
     def refresh(self, *, every: bool = False) -> bool:
         """Pack again, at the same addresses, what changed in the net (every: all); True where anything had."""
-        return self._follower.refresh(every=every)
+        if self._follower is None and every:
+            raise ValueError("PreparedUNet: it was made with follow=False; prepare the net again")
+        return self._follower is not None and self._follower.refresh(every=every)
 
     def _follow(self, x: Tensor) -> None:
         if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        self._follower.refresh()
+        if self._follower is not None:
+            self._follower.refresh()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         raise TypeError("PreparedUNet: its tensors stay where they are; move or cast the net and prepare that")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are prepared from a copy of the net."""
-        return partial(prepare, dtype=self._made[1], tactics=self.tactics), (self._made[0],)
+        """Copies and pickles are prepared from a copy of the net. Raises TypeError where it holds none."""
+        if self._source is None:
+            raise TypeError("PreparedUNet: made with follow=False it has no net to be copied from; copy the net")
+        return partial(prepare, dtype=self._dtype, tactics=self.tactics), (self._source,)
 
 
 def swap(twin: UNet, packer: Packer, tactics: Tactics) -> nn.Linear | None:

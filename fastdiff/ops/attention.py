@@ -19,7 +19,8 @@ from fastdiff.ops import dispatch, library
 
 def attention_ref(qkv: Tensor, heads: int) -> Tensor:
     """The formula above in plain PyTorch."""
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, L, d) each
+    n, tokens, channels = qkv.shape
+    q, k, v = qkv.reshape(n, tokens, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)  # (N, heads, L, d) each
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -39,8 +39,8 @@ class Packed(NamedTuple):
 def panels(weight: Tensor) -> Tensor:
     """(O, I, k, k) as Packed.weight; its transpose is its inverse, so that it can be differentiated."""
     outputs = weight.shape[0]
-    rows = functional.pad(weight.flatten(1).t(), (0, -outputs % PANEL))  # (I k k, O')
-    return rows.unflatten(1, (-1, PANEL)).transpose(0, 1).contiguous()
+    rows: Tensor = functional.pad(weight.flatten(1).t(), (0, -outputs % PANEL))  # (I k k, O')
+    return rows.view(len(rows), -1, PANEL).transpose(0, 1).contiguous()
 
 
 def pack(weight: Tensor) -> Packed:
@@ -54,7 +54,7 @@ def unpack(packed: Packed) -> Tensor:
     """The weights (O, I, k, k) that were packed."""
     weight, outputs, size = packed
     rows = weight.transpose(0, 1).flatten(1)[:, :outputs]  # (I k k, O)
-    return rows.t().unflatten(1, (-1, size, size))
+    return rows.t().reshape(outputs, -1, size, size)
 
 
 def norm_silu_conv_ref(
@@ -168,12 +168,12 @@ def norm_silu_conv(
 ) -> Tensor:
     """conv(silu(norm(cat([x, x2], 1)) (1 + scale) + shift)) + bias + add + residual, see the head of this file.
 
-    x (N, C, H, W), x2 (N, C2, H, W); weight (O, C + C2, k, k), k = 3 or 1, or packed (`fastdiff.ops.pack`) once for many
-    calls; bias (O,); groups=0: no norm and no SiLU; norm_weight, norm_bias (C + C2,); scale, shift (C + C2,) or
+    x (N, C, H, W), x2 (N, C2, H, W); weight (O, C + C2, k, k), k = 3 or 1, or packed (`fastdiff.ops.pack`) once for
+    many calls; bias (O,); groups=0: no norm and no SiLU; norm_weight, norm_bias (C + C2,); scale, shift (C + C2,) or
     (N, C + C2); add (O,) or (N, O); residual as the result, (N, O, H', W'). The image is padded by k // 2 zeros;
-    upsample (stride 1): every pixel is repeated 2x2 first; stride=2 halves, asymmetric: with one zero behind each axis and none in
-    front. The result is channels_last. Twice differentiable in every tensor. Raises ValueError for shapes that do not
-    fit. Lavin & Gray 2016.
+    upsample (stride 1): every pixel is repeated 2x2 first; stride=2 halves, asymmetric: with one zero behind each axis
+    and none in front. The result is channels_last. Twice differentiable in every tensor. Raises ValueError for shapes
+    that do not fit. Lavin & Gray 2016.
     """
     packed = weight if isinstance(weight, Packed) else pack(weight)
     check(x, packed, x2, groups, upsample, stride, asymmetric)
@@ -214,8 +214,10 @@ def check(
     if x.ndim != 4:
         raise ValueError(f"norm_silu_conv: x is {shape}; accepted: (N, C, H, W)")
     if x2 is not None and (x2.shape[0] != shape[0] or x2.shape[2:] != x.shape[2:]):
-        raise ValueError(f"norm_silu_conv: x2 {tuple(x2.shape)} does not go beside x {shape}; accepted: the same images "
-                         "and the same size")  # fmt: skip
+        raise ValueError(
+            f"norm_silu_conv: x2 {tuple(x2.shape)} does not go beside x {shape}; accepted: the same images and the "
+            "same size"
+        )
     channels = shape[1] + (0 if x2 is None else x2.shape[1])
     if packed.weight.shape[1] != packed.size**2 * channels:
         inputs = packed.weight.shape[1] // packed.size**2
@@ -247,6 +249,6 @@ _NAMES = (
     *("x", "weight", "outputs", "size", "bias", "x2", "groups", "norm_weight", "norm_bias", "eps", "scale", "shift"),
     *("act", "add", "residual", "upsample", "stride", "asymmetric", "moments", "moments2", "measure"),
 )
-_DEFAULTS = norm_silu_conv_ref.__kwdefaults__
+_DEFAULTS: dict[str, Any] = norm_silu_conv_ref.__kwdefaults__ or {}
 dispatch.register("norm_silu_conv", "reference", norm_silu_conv_ref)
 library.kernel("norm_silu_conv", "cpp")

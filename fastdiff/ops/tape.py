@@ -4,8 +4,8 @@
     x.copy_(...);  tape.play()                  y holds the new result
 
 Between two kernels of a network Python takes longer than a small one runs, and each result is in pages that were never
-touched. A tape has neither: kernels follow each other in C++, in an arena whose memory is used again as soon as what lay
-there is dead, which the recorded run showed. The CUDA graph of a CPU.
+touched. A tape has neither: kernels follow each other in C++, in an arena whose memory is used again as soon as what
+lay there is dead, which the recorded run showed. The CUDA graph of a CPU.
 """
 
 from __future__ import annotations

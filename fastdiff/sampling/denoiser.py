@@ -78,13 +78,21 @@ class Denoiser:
         )
 
     def prepare(
-        self, *, dtype: torch.dtype | None = None, tactics: Tactics | None = None, exact: bool = False
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        tactics: Tactics | None = None,
+        exact: bool = False,
+        follow: bool = True,
     ) -> Denoiser:
         """The same reading of the network packed for inference, in `dtype` (None: its own), see `fastdiff.nn.prepare`.
 
-        exact: without Winograd's convolutions, which CPUs get otherwise in float32: only rounding differs then. Raises TypeError for a network that is no fastdiff.UNet: `fd.patch(net)` fuses the norms of any module.
+        exact: without Winograd's convolutions, which CPUs get otherwise in float32: only rounding differs then.
+        follow=False: it does not follow the network, and holds nothing of it. Raises TypeError for a network that is no
+        fastdiff.UNet: `fd.patch(net)` fuses the norms of any module.
         """
-        return self.with_net(prepare(self.net, dtype=dtype, tactics=tactics, exact=exact))  # type: ignore[arg-type]
+        net: Any = self.net
+        return self.with_net(prepare(net, dtype=dtype, tactics=tactics, exact=exact, follow=follow))
 
     def _like(self) -> Tensor | None:
         parameters = self.net.parameters() if isinstance(self.net, torch.nn.Module) else ()
