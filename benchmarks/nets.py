@@ -20,6 +20,9 @@ CHECKED = 4
 
 WITHOUT = "prepared without "
 
+DEVICE = fd.nn.Tactics(winograd=False)
+"""Those of a GPU; a CPU that stands for one in tests takes no way of its own."""
+
 
 class Nets:
     """Ours and the rival's network of one model: in fp32, and in `dtype` under the names below.
@@ -55,7 +58,7 @@ class Nets:
         return copy.deepcopy(given).to(self.dtype).to(memory_format=form)
 
     def _prepared(self, name: str) -> nn.Module:
-        tactics = fd.nn.Tactics()
+        tactics = DEVICE
         if name.startswith(WITHOUT):
             tactics = tactics._replace(**{name.removeprefix(WITHOUT): False})
         den = fd.Denoiser(self.pair.ours, fd.linear(), predicts(self.model))
@@ -86,7 +89,7 @@ def nets_of(model: Model, device: str, *, quiet: bool) -> Nets:
 
 def tactics() -> tuple[str, ...]:
     """What `den.prepare` does unless told otherwise, each of which can be left out; what is lossy is not among it."""
-    return tuple(name for name, on in fd.nn.Tactics()._asdict().items() if on)
+    return tuple(name for name, on in DEVICE._asdict().items() if on)
 
 
 def recorder_of(device: str) -> Callable[[torch.device], Recorder] | None:

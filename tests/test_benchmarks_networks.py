@@ -152,11 +152,12 @@ def test_a_lost_device_ends_the_report(monkeypatch):
 
 @needs_cpp
 def test_tactics_are_taken_away_one_by_one(monkeypatch):
+    from benchmarks import nets
     from benchmarks.budget import Row
 
     (row,) = run("unet", monkeypatch, [Row(tiny(), 2, ablation=True)])["rows"]
     # what is lossy is not among them
-    on = [name for name, value in fd.nn.Tactics()._asdict().items() if value]
+    on = [name for name, value in nets.DEVICE._asdict().items() if value]
     assert list(row["variants"]) == ["prepared", *(f"prepared without {name}" for name in on)]
     assert "fp8" not in on
     assert row["against"] == "prepared"
