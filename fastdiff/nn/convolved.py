@@ -99,6 +99,18 @@ class Centered(nn.Module):
         return y
 
 
+class Resampled(nn.Module):
+    """Pool or Nearest of a map; its moments are not known."""
+
+    def __init__(self, resample: nn.Module) -> None:
+        super().__init__()
+        self.resample = resample
+
+    def forward(self, x: Tensor | Map, emb: Tensor | TableRow | None = None) -> Map:
+        """See Pool and Nearest."""
+        return Map(beside(self.resample, as_map(x).x))
+
+
 class Passed(nn.Module):
     """What stands where a norm was that the next convolution has taken over."""
 

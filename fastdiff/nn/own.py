@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.nn.convolved import Centered, Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed
+from fastdiff.nn.convolved import Centered, Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed, Resampled
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
@@ -29,7 +29,8 @@ def has(twin: UNet) -> bool:
 
 def convolutions(twin: UNet, packer: Packer) -> None:
     """Swap every module of `twin` that convolves."""
-    for parent in list(twin.modules()):
+    # a ResBlock pools and repeats by itself
+    for parent in [m for m in twin.modules() if not isinstance(m, (ResBlock, Up))]:
         for name, child in list(parent.named_children()):
             made = _made(child, packer)
             if made is not None:
@@ -51,6 +52,8 @@ def _made(child: nn.Module, packer: Packer) -> nn.Module | None:
         return _conv(child.conv, packer, upsample=True)
     if isinstance(child, Down):
         return _conv(child.conv, packer, stride=2, asymmetric=child.pad is not None)
+    if isinstance(child, (Pool, Nearest)):
+        return Resampled(child)
     return None
 
 
