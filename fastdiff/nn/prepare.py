@@ -109,7 +109,8 @@ class PreparedUNet(nn.Module):
         self.net, self.times, self.tactics = twin, times, tactics
         follower = packer.fill(self)
         self._follower: Follower | None = follower if follow else None
-        self._source, self._dtype = packer.net if follow else None, packer.dtype
+        # in a tuple, or the net would become a part of this one
+        self._made = packer.net if follow else None, packer.dtype
         self._tapes = Tapes(twin) if own.has(twin) and times is not None else None
         self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
         self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
@@ -129,7 +130,7 @@ class PreparedUNet(nn.Module):
         if self.times is not None and table_row is None:
             table_row = self.times(self.net.embed(t, cond, x))
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
-            x = x.to(self._dtype, memory_format=LAST[x.ndim])
+            x = x.to(self._made[1], memory_format=LAST[x.ndim])
         if self._tapes is not None and deep is None and table_row is not None:
             played = self._tapes(x, table_row)
             if played is not None:
@@ -166,9 +167,9 @@ class PreparedUNet(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are prepared from a copy of the net. Raises TypeError where it holds none."""
-        if self._source is None:
+        if self._made[0] is None:
             raise TypeError("PreparedUNet: made with follow=False it has no net to be copied from; copy the net")
-        return partial(prepare, dtype=self._dtype, tactics=self.tactics), (self._source,)
+        return partial(prepare, dtype=self._made[1], tactics=self.tactics), (self._made[0],)
 
 
 def swap(twin: UNet, packer: Packer, tactics: Tactics) -> nn.Linear | None:

@@ -85,6 +85,7 @@ def _plain(x: Tensor, row: Tensor) -> bool:
     """Whether nothing but the kernels looks at the call."""
     return (
         library.plain(x, row)
+        and x.ndim == 4
         and x.numel() > 0
         and x.dtype is row.dtype is torch.float32
         and x.is_cpu
