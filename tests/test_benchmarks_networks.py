@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import fastdiff as fd
 from fastdiff.ops import dispatch
 from tests.process import environment
 from tests.sampling.recorder import FakeRecorder

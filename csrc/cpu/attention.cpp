@@ -90,6 +90,14 @@ inline void turn_keys(const Attention& call, const Layout& lay, const float* k, 
     }
 }
 
+// As product, which has one sum over the whole depth: over hundreds of numbers it loses digits that sums of sums keep.
+inline void long_product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t next, int64_t depth,
+                         float* c, int64_t line) {
+    constexpr int64_t BLOCK = 64;
+    for (int64_t low = 0; low < depth; low += BLOCK)
+        product(a + low, stride, rows, b + low * next, next, smaller(BLOCK, depth - low), c, low > 0, PANEL, line);
+}
+
 void attend(const Attention& call, const Layout& lay, int thread, int threads) {
     float *room = (float*)call.room, *values = room + lay.values, *own = room + lay.own + thread * lay.each;
     const int64_t panels = lay.keys / PANEL, d = call.depth;
@@ -112,11 +120,11 @@ void attend(const Attention& call, const Layout& lay, int thread, int threads) {
         const float* v = lay.copied ? values + task / lay.parts * lay.copied : h.v;
         const int64_t next = lay.copied ? lay.wide : lay.apart;
         for (int64_t i = 0; i < panels; ++i)
-            product(h.q + first * lay.apart, lay.apart, count, keys + i * d * PANEL, PANEL, d, scores + i * PANEL, false,
-                    PANEL, lay.keys);
+            long_product(h.q + first * lay.apart, lay.apart, count, keys + i * d * PANEL, PANEL, d, scores + i * PANEL,
+                         lay.keys);
         for (int64_t r = 0; r < count; ++r) shares[r] = softmax(scores + r * lay.keys, call.tokens, scale);
         for (int64_t c = 0; c < d; c += PANEL) {
-            product(scores, lay.keys, count, v + c, next, call.tokens, m, false, PANEL);
+            long_product(scores, lay.keys, count, v + c, next, call.tokens, m, PANEL);
             for (int64_t r = 0; r < count; ++r)
                 for (int64_t i = 0; i < PANEL && c + i < d; i += LANES)
                     write(h.y + (first + r) * call.heads * d + c + i, load(m + r * PANEL + i) * shares[r],

@@ -82,12 +82,13 @@ class Tapes:
 
 
 def _plain(x: Tensor, row: Tensor) -> bool:
-    """Whether nothing but the kernels looks at the call."""
+    """Whether nothing but the kernels looks at the call, and they take it."""
     return (
         library.plain(x, row)
         and x.ndim == 4
         and x.numel() > 0
-        and x.dtype is row.dtype is torch.float32
-        and x.is_cpu
         and dispatch.asked() in ("auto", "cpp")
+        and not torch.is_autocast_enabled("cpu")
+        # float32, on a CPU, and in no transform of torch.func, whose tensors are none that could be copied to a tape
+        and all(dispatch.reason("attention", "cpp", v, 1) is None for v in (x, row))
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional
 
 from fastdiff.ops import dispatch, library
 
@@ -21,7 +20,9 @@ def attention_ref(qkv: Tensor, heads: int) -> Tensor:
     """The formula above in plain PyTorch."""
     n, tokens, channels = qkv.shape
     q, k, v = qkv.reshape(n, tokens, 3, heads, channels // (3 * heads)).permute(2, 0, 3, 1, 4)  # (N, heads, L, d) each
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    # torch's fused one has no second derivative on CPUs, and none in forward mode
+    y: Tensor = (q @ k.mT / q.shape[3] ** 0.5).softmax(3) @ v
+    return y.transpose(1, 2).flatten(2)
 
 
 def _fake(qkv: Tensor, heads: int) -> Tensor:
@@ -43,9 +44,9 @@ def attention(qkv: Tensor, heads: int = 1) -> Tensor:
     """softmax(q k^T / sqrt(d)) v by heads, see the head of this file.
 
     qkv (N, L, 3 C): q's channels, then k's, then v's, each ordered by head. Returns (N, L, C). Twice differentiable.
-    Raises ValueError where 3 heads do not divide the channels. Vaswani 2017.
+    Raises ValueError where 3 heads do not divide the channels, or there are none. Vaswani 2017.
     """
-    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads) or not qkv.shape[2]:
         raise ValueError(f"attention: qkv is {tuple(qkv.shape)}; accepted: (N, L, 3 heads d), with heads={heads}")
     y: Tensor = library.call("attention", qkv, heads)
     return y

@@ -14,7 +14,8 @@ def run(qkv: Tensor, heads: int) -> Tensor:
     qkv = qkv.contiguous()
     n, tokens, channels = qkv.shape
     tape = recording()
-    y = (torch.empty if tape is None else tape.empty)((n, tokens, channels // 3), dtype=torch.float32)
+    shape = (n, tokens, channels // 3)
+    y = torch.empty(shape, dtype=torch.float32, device="cpu") if tape is None else tape.empty(shape, torch.float32)
     call = (qkv.data_ptr(), y.data_ptr(), n, tokens, heads, channels // 3 // heads)
     if tape is not None:
         tape.attention(call, qkv)
