@@ -2,10 +2,15 @@
 
 import functools
 
-from tests.ops import describe_conv, describe_elementwise, describe_norm
+from tests.ops import describe_attention, describe_conv, describe_elementwise, describe_norm
 from tests.ops.pairwise import Cell, cells
 
-DESCRIPTIONS = {**describe_elementwise.DESCRIPTIONS, **describe_norm.DESCRIPTIONS, **describe_conv.DESCRIPTIONS}
+DESCRIPTIONS = {
+    **describe_elementwise.DESCRIPTIONS,
+    **describe_norm.DESCRIPTIONS,
+    **describe_conv.DESCRIPTIONS,
+    **describe_attention.DESCRIPTIONS,
+}
 
 
 @functools.cache

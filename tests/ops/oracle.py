@@ -249,3 +249,15 @@ def norm_silu_conv(
     y = conv(conv_input(x, **given), weight, stride, asymmetric)
     y = y + _channels(bias, y, 0.0) + _channels(add, y, 0.0)
     return y if residual is None else y + residual.double()
+
+
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """softmax(q k' / sqrt(d)) v, head by head."""
+    q, k, v = qkv.double().chunk(3, 2)
+    depth, found = q.shape[2] // heads, []
+    for head in range(heads):
+        own = slice(head * depth, (head + 1) * depth)
+        scores = q[..., own] @ k[..., own].mT / math.sqrt(depth)
+        powers = torch.exp(scores - scores.amax(2, keepdim=True))
+        found.append(powers / powers.sum(2, keepdim=True) @ v[..., own])
+    return torch.cat(found, 2)

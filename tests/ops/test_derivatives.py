@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastdiff as fd
-from fastdiff.ops import dispatch, group_norm_silu, inject, norm_silu_conv, q_sample, step_, time_embed
+from fastdiff.ops import attention, dispatch, group_norm_silu, inject, norm_silu_conv, q_sample, step_, time_embed
 from tests.ops import oracle
 from tests.ops.cases import CASES, Case, copied, inputs, run
 from tests.ops.convolutions import KINDS
@@ -95,6 +95,11 @@ def test_norm_silu_conv(kind, act):
         return norm_silu_conv(y, weight[:, :2], residual=y)
 
     twice(f, (x, weight, bias, norm_weight, norm_bias, add, x2))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_attention(heads):
+    twice(lambda qkv: attention(qkv, heads), drawn((2, 3, 12)))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -206,6 +211,12 @@ SECOND = {
         lambda x, w: oracle.norm_silu_conv(x.sin(), w, None, residual=x, shift=x[:, :, 0, 0], groups=1),
         [(2, 5, 4, 3), (5, 5, 3, 3)],
     ),
+    "attention": (lambda qkv: attention(qkv, 2), lambda qkv: oracle.attention(qkv, 2), [(2, 7, 18)]),
+    "attention of relatives": (
+        lambda x, w: attention(x.sin() * w, 3) * x[..., :6],
+        lambda x, w: oracle.attention(x.sin() * w, 3) * x[..., :6],
+        [(2, 5, 18), (18,)],
+    ),
     "q_sample": (
         lambda x0, noise: q_sample(x0, T, TABLE.to(x0.dtype), noise=noise).square(),
         lambda x0, noise: oracle.q_sample(x0, T, TABLE, noise=noise)["x_t"].square(),
@@ -265,6 +276,7 @@ TRANSFORMED = {
         lambda x: norm_silu_conv(x, torch.ones(2, 4, 3, 3).to(x) / 9, groups=2),
         (3, 4, 5, 3),
     ),
+    "attention": (lambda x: attention(x, 2), (2, 5, 12)),
     "q_sample": (
         lambda x: q_sample(x, torch.tensor([1, 0, 1]), TABLE.to(x.dtype), noise=torch.ones(3, 4, 5, dtype=x.dtype)),
         (3, 4, 5),

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff.ops import (
+    attention,
     dispatch,
     group_norm_silu,
     inject,
@@ -183,6 +184,7 @@ COMPILED = {
         (2, 4, 3, 6),
     ),
     "a halving convolution": (lambda x: norm_silu_conv(x, pack(torch.ones(5, 4, 3, 3)), stride=2), (2, 4, 5, 6)),
+    "attention": (lambda x: attention(2 * x, 2), (2, 5, 18)),
     "time_embed": (lambda t: time_embed(t, 7, flip=True, scale=3.0), (5,)),
 }
 

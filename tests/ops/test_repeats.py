@@ -27,6 +27,9 @@ def large(name):
 
     if name == "time_embed":
         return next(c for c in cells_of(name) if c["dim"] == 2061 and c["t"] == "steps")
+    if name == "attention":
+        # several parts of a head, and several panels of keys
+        return cells_of(name)[0] | {"shape": (2, 170, 40), "heads": 2, "regime": "plain", "threads": None}
     factors = DESCRIPTIONS[name].factors
     if "spec" not in factors:
         return max(cells_of(name), key=size) | {"shape": (3, 3, 45, 43)}
