@@ -193,7 +193,7 @@ def test_a_case_is_made_when_its_turn_comes(monkeypatch):
     monkeypatch.setattr(bench_unet, "made", no)
     cases = list(together({"cpp": bench_unet.cases("cpu", "cpp", quick=False)}))
     titles = [case.title for case in cases]
-    assert titles[:2] == ["U-Net DDPM CIFAR-10, batch 1, fp32", "U-Net DDPM CIFAR-10, batch 4, fp32"]
+    assert titles[:2] == ["U-Net DDPM CIFAR-10, batch 4, fp32", "U-Net DDPM CIFAR-10, batch 16, fp32"]
     assert {"U-Net ADM-like 64x64, batch 4, fp32", "U-Net 28x28 grey, batch 64, fp32"} < set(titles)
     (alone,) = [case for case in cases if case.threads == 1]
     assert alone.title == "U-Net DDPM CIFAR-10, batch 4, fp32, 1 thread"
