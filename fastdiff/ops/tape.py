@@ -52,7 +52,7 @@ class Arena:
     def _take(self, size: int) -> int:
         fits = [(end - first, i) for i, (first, end) in enumerate(self._free) if end - first >= size]
         if not fits:
-            chunk = native.fresh((max(CHUNK, size) + LINE,), torch.uint8)
+            chunk = torch.empty(max(CHUNK, size) + LINE, dtype=torch.uint8, device="cpu")
             native.cpu.advise_huge(chunk.data_ptr(), chunk.nbytes)
             self._chunks.append(chunk)
             first = -(-chunk.data_ptr() // LINE) * LINE
@@ -122,7 +122,7 @@ class Tape:
         y = f(*read)
         order = sorted(range(y.ndim), key=y.stride, reverse=True)
         place = self.empty(tuple(y.shape[i] for i in order), y.dtype)
-        kept = place.permute(*(order.index(i) for i in range(y.ndim)))
+        kept = place.permute([order.index(i) for i in range(y.ndim)])
         kept.copy_(y)
         self._steps.append(partial(_again, f, [self.arena.view(v) for v in read], self.arena.view(kept)))
         return kept
