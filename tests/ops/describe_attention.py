@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastdiff import ops
 from tests.ops import oracle
-from tests.ops.describe import Args, Description, Outputs, laid, numbers
+from tests.ops.describe import Args, Description, Outputs, by_row, laid, numbers
 from tests.ops.describe_conv import _on
 from tests.ops.pairwise import Cell
 
@@ -42,6 +43,11 @@ def _oracle(args: Args) -> Outputs:
     return {"y": oracle.attention(args["qkv"], args["heads"])}
 
 
+def _slack(args: Args, wanted: Outputs) -> dict[str, Tensor]:
+    """An ulp of the largest value: what comes out is their mean, of which PyTorch's may be lucky."""
+    return {"y": 0.12 * by_row(args["qkv"].chunk(3, 2)[2].double().abs())}
+
+
 def _forms(args: Args, got: Outputs) -> list[str]:
     y = got["y"]
     right = y.dtype == torch.float32 and y.is_contiguous()
@@ -49,5 +55,5 @@ def _forms(args: Args, got: Outputs) -> list[str]:
 
 
 DESCRIPTIONS = {
-    "attention": Description("attention", _ATTENTION, _inputs, _call, _oracle, _forms, least=90, seed=11),
+    "attention": Description("attention", _ATTENTION, _inputs, _call, _oracle, _forms, _slack, least=90, seed=11),
 }

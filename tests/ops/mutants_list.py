@@ -19,6 +19,7 @@ DRAWN, TIME = ("normal",), ("time_embed",)
 NORM, BACK = ("group_norm_silu",), ("group_norm_silu backward",)
 INJECT, INJECT_BACK = ("inject",), ("inject backward",)
 CONV = ("norm_silu_conv",)
+ATTEND = ("attention",)
 
 CPP = [
     Mutant("next image's t", "csrc/cpu/q_sample.cpp",
@@ -233,6 +234,23 @@ CPP = [
            "reader.begin(numbers, n)", "reader.begin(numbers, 0)", CONV, "conv"),
     Mutant("moments of the first run", "csrc/cpu/conv.cpp",
            "merge(own, (double)first, part", "merge(own, (double)first, first ? own : part", CONV),
+    Mutant("keys behind the last token", "csrc/cpu/attention.cpp",
+           "r * lay.keys, call.tokens, scale)", "r * lay.keys, lay.keys, scale)", ATTEND),
+    Mutant("first head only", "csrc/cpu/attention.cpp",
+           "call.tokens * lay.apart + head * call.depth", "call.tokens * lay.apart + 0 * call.depth", ATTEND),
+    Mutant("scale of all heads together", "csrc/cpu/attention.cpp",
+           "__builtin_sqrt((double)d)", "__builtin_sqrt((double)d * call.heads)", ATTEND),
+    Mutant("powers of the scores themselves", "csrc/cpu/attention.cpp",
+           "power((load(scores + i) - top) * scale)", "power(load(scores + i) * scale)", ATTEND),
+    Mutant("largest of the first scores", "csrc/cpu/attention.cpp", "most = v > most ? v : most;", "", ATTEND),
+    Mutant("lanes behind a tail in the sum", "csrc/cpu/attention.cpp",
+           "sum += some == LANES ? v : first_of(v, some);", "sum += v;", ATTEND),
+    Mutant("last value of an odd depth", "csrc/cpu/attention.cpp",
+           "c < d ? h.v[t * lay.apart + c] : 0", "c < (d & ~(int64_t)1) ? h.v[t * lay.apart + c] : 0", ATTEND),
+    Mutant("values of the first head", "csrc/cpu/attention.cpp",
+           "values + task / lay.parts * lay.copied : h.v", "values : h.v", ATTEND),
+    Mutant("sums of sums begun again", "csrc/cpu/attention.cpp",
+           "smaller(BLOCK, depth - low), c, low > 0,", "smaller(BLOCK, depth - low), c, false,", ATTEND),
 ]  # fmt: skip
 
 TRITON = [
@@ -368,6 +386,13 @@ SLOW = {
     "product of x2 in place of both",
     "norm of the first image",
     "moments of the first run",
+    "scale of all heads together",
+    "powers of the scores themselves",
+    "largest of the first scores",
+    "lanes behind a tail in the sum",
+    "last value of an odd depth",
+    "values of the first head",
+    "sums of sums begun again",
     "seed_hi left out, Triton",
     "words crossed, Triton",
     "mask inverted, Triton",
