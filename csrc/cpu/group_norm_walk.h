@@ -8,14 +8,11 @@
 
 #include "group_norm.h"
 #include "group_norm_vector.h"
+#include "sizes.h"
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Walk {
     bool last;

@@ -3,6 +3,7 @@
 
 #include "convert.h"
 #include "noise.h"
+#include "sizes.h"
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
@@ -12,8 +13,6 @@ namespace {
 constexpr int64_t SERIAL = 16384, SERIAL_WITH_NOISE = 4096;
 
 constexpr int64_t ROOM = noise_room((int)TILE);
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // body(image, first, count) for all tiles, `length` long at most, of images x size
 template <typename Body>
