@@ -98,10 +98,10 @@ inline void long_product(const float* a, int64_t stride, int64_t rows, const flo
         product(a + low, stride, rows, b + low * next, next, smaller(BLOCK, depth - low), c, low > 0, PANEL, line);
 }
 
-void attend(const Attention& call, const Layout& lay, int thread, int threads) {
-    float *room = (float*)call.room, *values = room + lay.values, *own = room + lay.own + thread * lay.each;
+void attend(const Attention& call, const Layout& lay, const Team& team) {
+    float *room = (float*)call.room, *values = room + lay.values, *own = room + lay.own + team.thread * lay.each;
     const int64_t panels = lay.keys / PANEL, d = call.depth;
-    share(thread, threads, lay.heads, panels, [&](int64_t head, int64_t first, int64_t end) {
+    team.share(lay.heads, panels, [&](int64_t head, int64_t first, int64_t end) {
         const Head h = head_of(call, lay, head);
         for (int64_t i = first; i < end; ++i) {
             turn_keys(call, lay, h.k, i * PANEL, room + head * lay.keys_of + i * d * PANEL);
@@ -110,10 +110,10 @@ void attend(const Attention& call, const Layout& lay, int thread, int threads) {
                     values[head * lay.copied + t * lay.wide + c] = c < d ? h.v[t * lay.apart + c] : 0;
         }
     });
-    wait(threads);
+    team.wait();
     const float scale = (float)(-(double)MINUS_LOG2_E / __builtin_sqrt((double)d));
     float *scores = own, *m = scores + lay.queries * lay.keys, *shares = m + lay.queries * PANEL;
-    share(thread, threads, lay.heads * lay.parts, 1, [&](int64_t task, int64_t, int64_t) {
+    team.share(lay.heads * lay.parts, 1, [&](int64_t task, int64_t, int64_t) {
         const Head h = head_of(call, lay, task / lay.parts);
         const int64_t first = task % lay.parts * lay.queries, count = smaller(lay.queries, call.tokens - first);
         const float* keys = room + task / lay.parts * lay.keys_of;
@@ -139,7 +139,7 @@ int64_t attention_room(const Attention& call) { return Layout(call).bytes; }
 
 void attention(const Attention& call) {
     const Layout lay(call);
-    together(call.threads, [&](int thread, int threads) { attend(call, lay, thread, threads); });
+    together(call.threads, [&](const Team& team) { attend(call, lay, team); });
 }
 
 }  // namespace FASTDIFF_ISA_NS

@@ -20,18 +20,18 @@ void conv(const Conv& call) {
         const Tiling plan(call);
         const TileRoom room(call, plan);
         const auto body = call.kind == WINOGRAD_UP ? convolve_tiles<true> : convolve_tiles<false>;
-        return together(call.threads, [&](int thread, int threads) { body(call, plan, room, thread, threads); });
+        return together(call.threads, [&](const Team& team) { body(call, plan, room, team); });
     }
     const Lines plan(call);
     const LineRoom room(call, plan);
-    together(call.threads, [&](int thread, int threads) { convolve_lines(call, plan, room, thread, threads); });
+    together(call.threads, [&](const Team& team) { convolve_lines(call, plan, room, team); });
 }
 
 void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads) {
     constexpr int64_t RUN = 64;
     const int64_t lanes = divided(channels, LANES);
-    together(threads, [&](int thread, int all) {
-        for (int64_t i = images * lanes * thread / all; i < images * lanes * (thread + 1) / all; ++i) {
+    together(threads, [&](const Team& team) {
+        team.share(images * lanes, 1, [&](int64_t i, int64_t, int64_t) {
             const int64_t n = i / lanes, channel = i % lanes * LANES;
             const int count = (int)smaller(LANES, channels - channel);
             double* own = out + (n * channels + channel) * 2;
@@ -44,7 +44,7 @@ void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, d
                 run.finish(part, count);
                 merge(own, (double)first, part, (double)(end - first), count);
             }
-        }
+        });
     });
 }
 

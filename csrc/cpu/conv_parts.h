@@ -3,45 +3,71 @@
 
 #include "maps.h"
 
-// OpenMP's own, without its header, which is the compiler's
+// OpenMP's and POSIX's own, without their headers
 extern "C" {
 int omp_get_thread_num(void);
 int omp_get_num_threads(void);
+int sched_yield(void);
 }
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
-// The share of thread `thread` of `columns` x `rows` tasks: body(column, first row, last row). A column is cut only where
-// there are too few of them.
-template <typename Body>
-inline void share(int thread, int threads, int64_t columns, int64_t rows, const Body& body) {
-    int64_t cuts = 1;
-    while (cuts < threads && cuts < rows && columns * cuts % threads && columns * cuts < 4 * threads) ++cuts;
-    const int64_t all = columns * cuts, first = all * thread / threads, end = all * (thread + 1) / threads;
-    for (int64_t i = first; i < end; ++i) body(i / cuts, rows * (i % cuts) / cuts, rows * (i % cuts + 1) / cuts);
-}
+// Where threads wait for each other. OpenMP's own barrier puts a thread to sleep as soon as the process has more threads
+// than processors, whoever they belong to, and waking up takes longer than most kernels here have to wait.
+struct Gate {
+    int arrived = 0, opened = 0;
+};
 
-// body(thread, threads) on all threads at once
+struct Team {
+    int thread, threads;
+    Gate* gate;
+
+    void wait() const {
+        if (threads == 1) return;
+        const int now = __atomic_load_n(&gate->opened, __ATOMIC_ACQUIRE);
+        if (__atomic_add_fetch(&gate->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+            __atomic_store_n(&gate->arrived, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&gate->opened, now + 1, __ATOMIC_RELEASE);
+            return;
+        }
+        for (int turns = 0; __atomic_load_n(&gate->opened, __ATOMIC_ACQUIRE) == now; ++turns) {
+#if defined(__x86_64__)
+            _mm_pause();
+#endif
+            // somebody else may need the processor to get here
+            if (turns > PATIENCE) sched_yield();
+        }
+    }
+
+    // What this thread does of `columns` x `rows` tasks: body(column, first row, last row). A column is cut only where
+    // there are too few of them.
+    template <typename Body>
+    void share(int64_t columns, int64_t rows, const Body& body) const {
+        int64_t cuts = 1;
+        while (cuts < threads && cuts < rows && columns * cuts % threads && columns * cuts < 4 * threads) ++cuts;
+        const int64_t all = columns * cuts, first = all * thread / threads, end = all * (thread + 1) / threads;
+        for (int64_t i = first; i < end; ++i) body(i / cuts, rows * (i % cuts) / cuts, rows * (i % cuts + 1) / cuts);
+    }
+
+    static constexpr int PATIENCE = 4000;
+};
+
+// body(team) on all threads at once
 template <typename Body>
 inline void together(int threads, const Body& body) {
-    if (threads == 1) return body(0, 1);
+    Gate gate;
+    if (threads == 1) return body(Team{0, 1, &gate});
 #pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num(), omp_get_num_threads());
-}
-
-inline void wait(int threads) {
-    // alone, the barrier would be that of whoever called from a thread of his own
-    if (threads == 1) return;
-#pragma omp barrier
+    body(Team{omp_get_thread_num(), omp_get_num_threads(), &gate});
 }
 
 // The moments of the results from those of the `each` chunks of an image, (chunks, C, 2)
 template <typename Plan>
-void join(const Conv& call, const Plan& plan, int64_t each, const double* partial, int thread, int threads) {
+void join(const Conv& call, const Plan& plan, int64_t each, const double* partial, const Team& team) {
     const int64_t channels = call.out.channels;
-    for (int64_t n = thread; n < call.in.images; n += threads) {
+    for (int64_t n = team.thread; n < call.in.images; n += team.threads) {
         double *out = call.out.moments + n * channels * 2, before = 0;
         for (int64_t i = n * each; i < (n + 1) * each; ++i) {
             const double count = (double)plan.pixels(i);

@@ -87,19 +87,19 @@ inline void put(const Conv& call, const Lines& plan, int64_t chunk, int64_t chan
     if (partial) moments.finish(partial + 2 * channel, count);
 }
 
-inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, int thread, int threads) {
+inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, const Team& team) {
     const Maps& in = call.in;
     char* memory = (char*)call.room;
     const Numbers numbers{in.groups ? (float*)(memory + room.numbers) : nullptr, in.channels};
     double* partial = call.out.moments ? (double*)(memory + room.partial) : nullptr;
-    float *normed = (float*)(memory + room.each) + thread * room.own, *m = normed + room.own_a;
+    float *normed = (float*)(memory + room.each) + team.thread * room.own, *m = normed + room.own_a;
     if (numbers.data) {
-        for (int64_t n = thread; n < in.images; n += threads) prepare(in, numbers, n);
-        wait(threads);
+        for (int64_t n = team.thread; n < in.images; n += team.threads) prepare(in, numbers, n);
+        team.wait();
     }
     const int64_t panels = divided(call.out.channels, PANEL), depth = in.channels, second = depth - in.x_channels;
     const int64_t tap_count = call.kind == STRIDED ? 9 : 1;
-    share(thread, threads, divided(plan.chunks, plan.part), panels, [&](int64_t part, int64_t panel, int64_t end) {
+    team.share(divided(plan.chunks, plan.part), panels, [&](int64_t part, int64_t panel, int64_t end) {
         const int64_t begin = part * plan.part, chunks = smaller(plan.part, plan.chunks - begin);
         const int64_t first = plan.before(begin);
         const int64_t pixels = plan.before(begin + chunks - 1) + plan.pixels(begin + chunks - 1) - first;
@@ -134,8 +134,8 @@ inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& 
                         partial ? partial + i * call.out.channels * 2 : nullptr);
         }
     });
-    wait(threads);
-    if (partial) join(call, plan, plan.each, partial, thread, threads);
+    team.wait();
+    if (partial) join(call, plan, plan.each, partial, team);
 }
 
 }  // namespace
