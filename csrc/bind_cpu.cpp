@@ -6,11 +6,11 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <new>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "cpu/conv.h"
@@ -33,17 +33,16 @@ struct Kernels {
     bool (*group_norm_backward)(const GroupNormBackward&);
     bool (*inject)(const Inject&);
     bool (*inject_backward)(const InjectBackward&);
-    int64_t (*conv_room)(const Conv&);
-    void (*conv)(const Conv&);
-    int64_t (*attention_room)(const Attention&);
-    void (*attention)(const Attention&);
+    int64_t (*kernel_room)(const Kernel&, int);
+    void (*play)(const Kernel*, int64_t, void*, int);
     void (*moments)(const float*, int64_t, int64_t, int64_t, double*, int);
 };
 
 #define FASTDIFF_KERNELS(isa, runs)                                                                             \
     {                                                                                                           \
         #isa, static_cast<bool>(runs), isa::normal, isa::q_sample, isa::step, isa::time_embed, isa::group_norm, \
-            isa::group_norm_backward, isa::inject, isa::inject_backward, isa::conv_room, isa::conv, isa::attention_room, isa::attention, isa::moments \
+            isa::group_norm_backward, isa::inject, isa::inject_backward, isa::kernel_room, isa::play,           \
+            isa::moments                                                                                        \
     }
 
 #if defined(__clang__)
@@ -280,7 +279,7 @@ private:
 thread_local Scratch scratch;
 
 // fastdiff/ops/norm_silu_conv_cpp.py builds the tuple
-Conv conv_of(const py::tuple& in) {
+Kernel conv_of(const py::tuple& in) {
     int i = 0;
     const auto whole = [&] { return in[i++].cast<int64_t>(); };
     const auto floats = [&] { return at<float>(in[i++].cast<uintptr_t>()); };
@@ -289,7 +288,8 @@ Conv conv_of(const py::tuple& in) {
         const float* data = floats();
         return PerChannel{data, whole()};
     };
-    Conv call{};
+    Kernel kernel{Kernel::CONV, {}};
+    Conv& call = kernel.conv;
     Maps& maps = call.in;
     call.kind = Kind(whole());
     maps.x = floats(), maps.x2 = floats(), maps.x_channels = whole(), maps.channels = whole();
@@ -301,59 +301,47 @@ Conv conv_of(const py::tuple& in) {
     call.out.y = floats(), call.out.channels = whole(), call.out.bias = floats(), call.out.add = per_channel();
     call.out.residual = floats(), call.out.moments = doubles();
     call.stride = whole(), call.before = whole();
-    return call;
+    return kernel;
 }
 
-void run(Conv call, int threads) {
-    call.threads = threads;
-    call.room = scratch.of(size_t(chosen.conv_room(call)));
-    chosen.conv(call);
+// fastdiff/ops/attention_cpp.py does
+Kernel attention_of(const py::tuple& in) {
+    Kernel kernel{Kernel::ATTENTION, {}};
+    const auto whole = [&](int i) { return in[i].cast<int64_t>(); };
+    kernel.attention = {at<float>(in[0].cast<uintptr_t>()), at<float>(in[1].cast<uintptr_t>()), whole(2), whole(3),
+                        whole(4), whole(5)};
+    return kernel;
 }
 
-void run(Attention call, int threads) {
-    call.threads = threads;
-    call.room = scratch.of(size_t(chosen.attention_room(call)));
-    chosen.attention(call);
-}
-
-template <typename Call>
-void run_alone(const Call& call, int threads) {
+void play(const Kernel* kernels, size_t count, int threads) {
     const py::gil_scoped_release released;
-    run(call, threads);
+    int64_t room = 0;
+    for (size_t i = 0; i < count; ++i) room = std::max(room, chosen.kernel_room(kernels[i], threads));
+    chosen.play(kernels, int64_t(count), scratch.of(size_t(room)), threads);
 }
 
-void conv(const py::tuple& in, int threads) { run_alone(conv_of(in), threads); }
-
-Attention attention_of(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth) {
-    return {at<float>(qkv), at<float>(y), images, tokens, heads, depth, nullptr, 1};
-}
-
-void attention(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth, int threads) {
-    run_alone(attention_of(qkv, y, images, tokens, heads, depth), threads);
+template <Kernel (*of)(const py::tuple&)>
+void alone(const py::tuple& in, int threads) {
+    const Kernel kernel = of(in);
+    play(&kernel, 1, threads);
 }
 
 // Kernels that are run again and again on the same memory.
 class Tape {
 public:
-    size_t conv(const py::tuple& in) { return add(conv_of(in)); }
-
-    size_t attention(uintptr_t qkv, uintptr_t y, int64_t images, int64_t tokens, int64_t heads, int64_t depth) {
-        return add(attention_of(qkv, y, images, tokens, heads, depth));
+    template <Kernel (*of)(const py::tuple&)>
+    size_t add(const py::tuple& in) {
+        kernels_.push_back(of(in));
+        return kernels_.size();
     }
 
     void play(size_t first, size_t end, int threads) const {
-        const py::gil_scoped_release released;
-        for (size_t i = first; i < end; ++i)
-            std::visit([&](const auto& call) { run(call, threads); }, calls_.at(i));
+        if (first > end || end > kernels_.size()) throw py::index_error("the tape has no such kernels");
+        ::play(kernels_.data() + first, end - first, threads);
     }
 
 private:
-    size_t add(std::variant<Conv, Attention> call) {
-        calls_.push_back(call);
-        return calls_.size();
-    }
-
-    std::vector<std::variant<Conv, Attention>> calls_;
+    std::vector<Kernel> kernels_;
 };
 
 // Whether tensors are at the addresses and of the versions that they had: torch's own `_version` and `data_ptr`, asked
@@ -428,9 +416,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("inject", &inject);
     m.def("inject_backward", &inject_backward);
     py::class_<Watch>(m, "Watch").def(py::init<py::list, py::object>()).def("same", &Watch::same);
-    m.def("conv", &conv);
-    m.def("attention", &attention);
-    py::class_<Tape>(m, "Tape").def(py::init<>()).def("conv", &Tape::conv).def("attention", &Tape::attention).def(
-        "play", &Tape::play);
+    m.def("conv", &alone<conv_of>);
+    m.def("attention", &alone<attention_of>);
+    py::class_<Tape>(m, "Tape")
+        .def(py::init<>())
+        .def("conv", &Tape::add<conv_of>)
+        .def("attention", &Tape::add<attention_of>)
+        .def("play", &Tape::play);
     m.def("moments", &moments);
 }

@@ -1,5 +1,6 @@
 // softmax(q k' / sqrt(d)) v of all pixels: fastdiff/ops/attention.py. Some queries at a time see all keys.
-#include "conv_parts.h"
+#include "maps.h"
+#include "play.h"
 #include "product.h"
 
 namespace fastdiff {
@@ -16,7 +17,7 @@ struct Layout {
     int64_t heads;               // of all images
     int64_t keys_of, values, own, each, bytes;  // floats of a head's keys; where values begin; of a thread; in bytes
 
-    explicit Layout(const Attention& call) {
+    Layout(const Attention& call, int threads) {
         apart = 3 * call.heads * call.depth, heads = call.images * call.heads;
         keys = divided(call.tokens, PANEL) * PANEL, wide = divided(call.depth, PANEL) * PANEL;
         queries = larger(FEWEST, smaller(QUERIES, SCORES / larger(keys, 1)));
@@ -25,20 +26,17 @@ struct Layout {
         copied = wide == call.depth ? 0 : call.tokens * wide;
         values = heads * keys_of, own = values + heads * copied;
         each = divided(queries * (keys + PANEL + LANES), 16) * 16;
-        bytes = (own + call.threads * each) * 4;
+        bytes = (own + threads * each) * 4;
     }
 };
 
-// MINUS_LOG2_E 2^t for t <= 0: a softmax divides by the sum of its like. Below 2^-126 it stays there, NaN stays NaN.
-FASTDIFF_INLINE inline F32 power(F32 t) {
-    t = t < -126.0f ? splat(-126.0f) : t;
-    const F32 shifted = t + 0x1.8p+23f, f = t - (shifted - 0x1.8p+23f);
-    F32 p = multiply_add(splat(-0x1.f5a9fp-10f), f, splat(-0x1.c9369ep-7f));
-    p = multiply_add(p, f, splat(-0x1.480222p-4f));
-    p = multiply_add(p, f, splat(-0x1.62e2a4p-2f));
-    p = multiply_add(p, f, splat(-0x1.fffff6p-1f));
-    p = multiply_add(p, f, splat(MINUS_LOG2_E));
-    return p * (F32)(((U32)shifted + 127) << 23);
+// MINUS_LOG2_E 2^((score - top) scale) for scale < 0: a softmax divides by the sum of its like.
+FASTDIFF_INLINE inline F32 share_of(F32 score, float top, float scale) {
+    F32 t[1] = {(score - top) * scale};
+    // below 2^-126 it stays there; a comparison with NaN is false, so NaN stays NaN
+    t[0] = t[0] < -126.0f ? splat(-126.0f) : t[0];
+    power(t);
+    return t[0];
 }
 
 // Each of the `count` scores becomes its power of two below the largest; returns 1 over their sum.
@@ -57,7 +55,7 @@ inline float softmax(float* scores, int64_t count, float scale) {
     F32 sum{};
     for (int64_t i = 0; i < count; i += LANES) {
         const int some = (int)smaller(LANES, count - i);
-        const F32 v = power((load(scores + i) - top) * scale);
+        const F32 v = share_of(load(scores + i), top, scale);
         store(scores + i, some == LANES ? v : first_of(v, some));
         sum += some == LANES ? v : first_of(v, some);
     }
@@ -90,16 +88,13 @@ inline void turn_keys(const Attention& call, const Layout& lay, const float* k, 
     }
 }
 
-// As product, which has one sum over the whole depth: over hundreds of numbers it loses digits that sums of sums keep.
-inline void long_product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t next, int64_t depth,
-                         float* c, int64_t line) {
-    constexpr int64_t BLOCK = 64;
-    for (int64_t low = 0; low < depth; low += BLOCK)
-        product(a + low, stride, rows, b + low * next, next, smaller(BLOCK, depth - low), c, low > 0, PANEL, line);
-}
+}  // namespace
 
-void attend(const Attention& call, const Layout& lay, const Team& team) {
-    float *room = (float*)call.room, *values = room + lay.values, *own = room + lay.own + team.thread * lay.each;
+int64_t attention_room(const Attention& call, int threads) { return Layout(call, threads).bytes; }
+
+void attention(const Attention& call, void* memory, const Team& team) {
+    const Layout lay(call, team.threads);
+    float *room = (float*)memory, *values = room + lay.values, *own = room + lay.own + team.thread * lay.each;
     const int64_t panels = lay.keys / PANEL, d = call.depth;
     team.share(lay.heads, panels, [&](int64_t head, int64_t first, int64_t end) {
         const Head h = head_of(call, lay, head);
@@ -120,26 +115,17 @@ void attend(const Attention& call, const Layout& lay, const Team& team) {
         const float* v = lay.copied ? values + task / lay.parts * lay.copied : h.v;
         const int64_t next = lay.copied ? lay.wide : lay.apart;
         for (int64_t i = 0; i < panels; ++i)
-            long_product(h.q + first * lay.apart, lay.apart, count, keys + i * d * PANEL, PANEL, d, scores + i * PANEL,
-                         lay.keys);
+            product(h.q + first * lay.apart, lay.apart, count, keys + i * d * PANEL, PANEL, d, scores + i * PANEL, false,
+                    PANEL, lay.keys);
         for (int64_t r = 0; r < count; ++r) shares[r] = softmax(scores + r * lay.keys, call.tokens, scale);
         for (int64_t c = 0; c < d; c += PANEL) {
-            long_product(scores, lay.keys, count, v + c, next, call.tokens, m, PANEL);
+            product(scores, lay.keys, count, v + c, next, call.tokens, m, false, PANEL);
             for (int64_t r = 0; r < count; ++r)
                 for (int64_t i = 0; i < PANEL && c + i < d; i += LANES)
                     write(h.y + (first + r) * call.heads * d + c + i, load(m + r * PANEL + i) * shares[r],
                           (int)smaller(LANES, d - c - i));
         }
     });
-}
-
-}  // namespace
-
-int64_t attention_room(const Attention& call) { return Layout(call).bytes; }
-
-void attention(const Attention& call) {
-    const Layout lay(call);
-    together(call.threads, [&](const Team& team) { attend(call, lay, team); });
 }
 
 }  // namespace FASTDIFF_ISA_NS

@@ -1,6 +1,7 @@
 // Convolutions behind a norm and in front of a sum: fastdiff/ops/norm_silu_conv.py.
 #include "conv_rows.h"
 #include "conv_tiles.h"
+#include "play.h"
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
@@ -10,21 +11,20 @@ inline bool in_tiles(const Conv& call) { return call.kind == WINOGRAD || call.ki
 
 }  // namespace
 
-int64_t conv_room(const Conv& call) {
-    if (in_tiles(call)) return TileRoom(call, Tiling(call)).bytes;
-    return LineRoom(call, Lines(call)).bytes;
+int64_t conv_room(const Conv& call, int threads) {
+    if (in_tiles(call)) return TileRoom(call, Tiling(call), threads).bytes;
+    return LineRoom(call, Lines(call), threads).bytes;
 }
 
-void conv(const Conv& call) {
-    if (in_tiles(call)) {
-        const Tiling plan(call);
-        const TileRoom room(call, plan);
-        const auto body = call.kind == WINOGRAD_UP ? convolve_tiles<true> : convolve_tiles<false>;
-        return together(call.threads, [&](const Team& team) { body(call, plan, room, team); });
+void conv(const Conv& call, void* memory, const Team& team) {
+    if (!in_tiles(call)) {
+        const Lines plan(call);
+        return convolve_lines(call, plan, LineRoom(call, plan, team.threads), (char*)memory, team);
     }
-    const Lines plan(call);
-    const LineRoom room(call, plan);
-    together(call.threads, [&](const Team& team) { convolve_lines(call, plan, room, team); });
+    const Tiling plan(call);
+    const TileRoom room(call, plan, team.threads);
+    const auto body = call.kind == WINOGRAD_UP ? convolve_tiles<true> : convolve_tiles<false>;
+    body(call, plan, room, (char*)memory, team);
 }
 
 void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads) {

@@ -30,32 +30,35 @@ struct Sum {
 enum Kind : int { POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED };
 
 // weight: (panels, C, taps, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
-// room: conv_room bytes at a multiple of 64
 struct Conv {
     Kind kind;
     Maps in;
     const float* weight;
     Sum out;
     int64_t stride, before;  // STRIDED: of the window's corners, and how many zeros lie before the first pixel of an axis
-    void* room;
-    int threads;
 };
 
-// y (N, tokens, heads, depth) of qkv (N, tokens, 3, heads, depth); room: attention_room bytes at a multiple of 64
+// y (N, tokens, heads, depth) of qkv (N, tokens, 3, heads, depth)
 struct Attention {
     const float* qkv;
     float* y;
     int64_t images, tokens, heads, depth;
-    void* room;
-    int threads;
 };
 
-#define FASTDIFF_DECLARE_CONV(isa)                \
-    namespace isa {                               \
-    int64_t conv_room(const Conv& call);          \
-    void conv(const Conv& call);                  \
-    int64_t attention_room(const Attention& call); \
-    void attention(const Attention& call);        \
+struct Kernel {
+    enum { CONV, ATTENTION } what;
+    union {
+        Conv conv;
+        Attention attention;
+    };
+};
+
+// play: one kernel after the other, all on the same threads, which see what the one before has written; room: the most
+// of their kernel_room in bytes, at a multiple of 64
+#define FASTDIFF_DECLARE_CONV(isa)                                                                            \
+    namespace isa {                                                                                           \
+    int64_t kernel_room(const Kernel& kernel, int threads);                                                   \
+    void play(const Kernel* kernels, int64_t count, void* room, int threads);                                 \
     void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads); \
     }
 FASTDIFF_DECLARE_CONV(base)

@@ -1,67 +1,39 @@
-// What the ways to convolve share: how work is cut and shared out, what is put together again.
+// What the ways to convolve share: what lies first in their room, and how moments are put together again.
 #pragma once
 
 #include "maps.h"
-
-// OpenMP's and POSIX's own, without their headers
-extern "C" {
-int omp_get_thread_num(void);
-int omp_get_num_threads(void);
-int sched_yield(void);
-}
+#include "team.h"
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
-// Where threads wait for each other. OpenMP's own barrier puts a thread to sleep as soon as the process has more threads
-// than processors, whoever they belong to, and waking up takes longer than most kernels here have to wait.
-struct Gate {
-    int arrived = 0, opened = 0;
-};
+// bytes of so many floats, in whole lines of a cache
+inline int64_t lines(int64_t floats) { return divided(floats, 16) * 64; }
 
-struct Team {
-    int thread, threads;
-    Gate* gate;
+// The first of a call's room: the numbers of its norm, and the moments of each chunk (chunks, C, 2).
+struct Front {
+    int64_t partial, end;  // bytes from the beginning
 
-    void wait() const {
-        if (threads == 1) return;
-        const int now = __atomic_load_n(&gate->opened, __ATOMIC_ACQUIRE);
-        if (__atomic_add_fetch(&gate->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
-            __atomic_store_n(&gate->arrived, 0, __ATOMIC_RELAXED);
-            __atomic_store_n(&gate->opened, now + 1, __ATOMIC_RELEASE);
-            return;
-        }
-        for (int turns = 0; __atomic_load_n(&gate->opened, __ATOMIC_ACQUIRE) == now; ++turns) {
-#if defined(__x86_64__)
-            _mm_pause();
-#endif
-            // somebody else may need the processor to get here
-            if (turns > PATIENCE) sched_yield();
-        }
+    Front(const Conv& call, int64_t chunks) {
+        partial = lines(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
+        end = partial + lines(call.out.moments ? chunks * call.out.channels * 4 : 0);
     }
 
-    // What this thread does of `columns` x `rows` tasks: body(column, first row, last row). A column is cut only where
-    // there are too few of them.
-    template <typename Body>
-    void share(int64_t columns, int64_t rows, const Body& body) const {
-        int64_t cuts = 1;
-        while (cuts < threads && cuts < rows && columns * cuts % threads && columns * cuts < 4 * threads) ++cuts;
-        const int64_t all = columns * cuts, first = all * thread / threads, end = all * (thread + 1) / threads;
-        for (int64_t i = first; i < end; ++i) body(i / cuts, rows * (i % cuts) / cuts, rows * (i % cuts + 1) / cuts);
+    // ready for all threads
+    Numbers numbers(const Conv& call, char* memory, const Team& team) const {
+        const Numbers found{call.in.groups ? (float*)memory : nullptr, call.in.channels};
+        if (!found.data) return found;
+        for (int64_t n = team.thread; n < call.in.images; n += team.threads) prepare(call.in, found, n);
+        team.wait();
+        return found;
     }
 
-    static constexpr int PATIENCE = 4000;
+    // null where nobody asks for them
+    double* moments(const Conv& call, char* memory) const {
+        return call.out.moments ? (double*)(memory + partial) : nullptr;
+    }
 };
-
-// body(team) on all threads at once
-template <typename Body>
-inline void together(int threads, const Body& body) {
-    Gate gate;
-    if (threads == 1) return body(Team{0, 1, &gate});
-#pragma omp parallel num_threads(threads)
-    body(Team{omp_get_thread_num(), omp_get_num_threads(), &gate});
-}
 
 // The moments of the results from those of the `each` chunks of an image, (chunks, C, 2)
 template <typename Plan>

@@ -34,18 +34,14 @@ struct Lines {
 };
 
 struct LineRoom {
-    int64_t numbers, partial, each, bytes;  // bytes from the beginning; `each`: of one thread
-    int64_t own, own_a;                     // floats of one thread, of its normed pixels among them
+    Front front;
+    int64_t own, own_a, bytes;  // floats of one thread, which begin behind `front`; of its normed pixels; bytes of all
 
-    LineRoom(const Conv& call, const Lines& p) {
-        const auto lines = [](int64_t floats) { return divided(floats, 16) * 64; };
+    LineRoom(const Conv& call, const Lines& p, int threads) : front(call, p.chunks) {
         const int64_t pixels = p.part * p.span;
         own_a = call.in.groups ? lines(pixels * call.in.channels) / 4 : 0;
-        numbers = 0;
-        partial = numbers + lines(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
-        each = partial + lines(call.out.moments ? p.chunks * call.out.channels * 4 : 0);
         own = own_a + lines(pixels * PANEL) / 4;
-        bytes = each + call.threads * own * 4;
+        bytes = front.end + threads * own * 4;
     }
 };
 
@@ -87,16 +83,12 @@ inline void put(const Conv& call, const Lines& plan, int64_t chunk, int64_t chan
     if (partial) moments.finish(partial + 2 * channel, count);
 }
 
-inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, const Team& team) {
+inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, char* memory,
+                           const Team& team) {
     const Maps& in = call.in;
-    char* memory = (char*)call.room;
-    const Numbers numbers{in.groups ? (float*)(memory + room.numbers) : nullptr, in.channels};
-    double* partial = call.out.moments ? (double*)(memory + room.partial) : nullptr;
-    float *normed = (float*)(memory + room.each) + team.thread * room.own, *m = normed + room.own_a;
-    if (numbers.data) {
-        for (int64_t n = team.thread; n < in.images; n += team.threads) prepare(in, numbers, n);
-        team.wait();
-    }
+    const Numbers numbers = room.front.numbers(call, memory, team);
+    double* partial = room.front.moments(call, memory);
+    float *normed = (float*)(memory + room.front.end) + team.thread * room.own, *m = normed + room.own_a;
     const int64_t panels = divided(call.out.channels, PANEL), depth = in.channels, second = depth - in.x_channels;
     const int64_t tap_count = call.kind == STRIDED ? 9 : 1;
     team.share(divided(plan.chunks, plan.part), panels, [&](int64_t part, int64_t panel, int64_t end) {

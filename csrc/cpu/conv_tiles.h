@@ -19,8 +19,6 @@ namespace {
 // (1 MB, 32 MB): parts of 32 or 128 tiles, blocks of 128 or 256 channels, and all weights transformed once at the
 // beginning of a call were all within the noise of this, or behind it.
 constexpr int64_t GROUP_FLOATS = int64_t(1) << 20, PART_TILES = 64, CHUNK_TILES = 16;
-// Channels whose transformed weights stay there with them.
-constexpr int64_t DEPTH = 64;
 // A line behind whole pages more: what is apart by a power of two would fall into one set of a cache.
 constexpr int64_t APART = 16;
 
@@ -37,7 +35,7 @@ struct Tiling {
     int64_t chunks;         // of all
     int64_t group, part;    // chunks that are transformed together, multiplied together
     int64_t points;         // products of a tile: those with a zero are left out
-    int64_t blocks;         // of channels, whose products are summed up one after another
+    int64_t blocks;         // of DEPTH channels or less, whose products are summed up one after another
     bool up;
 
     explicit Tiling(const Conv& call) : up(call.kind == WINOGRAD_UP) {
@@ -75,26 +73,22 @@ struct Tiling {
 
 // Where everything lies in the call's room.
 struct TileRoom {
-    int64_t numbers, partial, v, each, bytes;  // bytes from the beginning; `each`: of one thread
-    int64_t v_point, u_point, m_point;         // floats from one of the 36 to the next
-    int64_t v_tile;                            // and from one tile to the next
-    int64_t own, own_u;                        // floats of one thread, of its weights among them
+    Front front;
+    int64_t each, bytes;                // bytes from the beginning to what threads have of their own, and of all
+    int64_t v_point, u_point, m_point;  // floats from one of the 36 to the next
+    int64_t v_tile;                     // and from one tile to the next
+    int64_t own, own_u;                 // floats of one thread, of its weights among them
 
-    TileRoom(const Conv& call, const Tiling& p) {
-        const auto lines = [](int64_t floats) { return divided(floats, 16) * 64; };
+    TileRoom(const Conv& call, const Tiling& p, int threads) : front(call, p.chunks) {
         v_tile = divided(call.in.channels, 16) * 16 + APART;
         v_point = p.group * p.rows * p.columns * v_tile + APART;
         u_point = divided(call.in.channels, larger(1, p.blocks)) * PANEL + APART;
         m_point = p.part * p.rows * p.columns * PANEL + APART;
         own_u = p.points * u_point;
         const int64_t ring = POINTS * 2 * (p.columns * TILE_OUT + 2) * LANES;
-        own = larger(own_u + p.points * m_point, ring);
-        numbers = 0;
-        partial = numbers + lines(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
-        v = partial + lines(call.out.moments ? p.chunks * call.out.channels * 4 : 0);
-        each = v + lines(p.points * v_point);
-        bytes = each + call.threads * lines(own);
-        own = lines(own) / 4;
+        own = lines(larger(own_u + p.points * m_point, ring)) / 4;
+        each = front.end + lines(p.points * v_point);
+        bytes = each + threads * own * 4;
     }
 };
 
@@ -263,16 +257,12 @@ inline void fetch(const float* from, int64_t count, int64_t i, int64_t parts) {
 }
 
 template <bool UP>
-void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, const Team& team) {
-    char* memory = (char*)call.room;
-    const Numbers numbers{call.in.groups ? (float*)(memory + room.numbers) : nullptr, call.in.channels};
-    double* partial = call.out.moments ? (double*)(memory + room.partial) : nullptr;
-    float *v = (float*)(memory + room.v), *own = (float*)(memory + room.each) + team.thread * room.own;
+void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, char* memory,
+                    const Team& team) {
+    const Numbers numbers = room.front.numbers(call, memory, team);
+    double* partial = room.front.moments(call, memory);
+    float *v = (float*)(memory + room.front.end), *own = (float*)(memory + room.each) + team.thread * room.own;
     float *u = own, *m = own + room.own_u;
-    if (numbers.data) {
-        for (int64_t n = team.thread; n < call.in.images; n += team.threads) prepare(call.in, numbers, n);
-        team.wait();
-    }
     const int64_t panels = divided(call.out.channels, PANEL), depth = call.in.channels;
     for (int64_t begin = 0; begin < plan.chunks; begin += plan.group) {
         const int64_t count = smaller(plan.group, plan.chunks - begin);

@@ -170,6 +170,20 @@ constexpr float MINUS_LOG2_E = -0x1.715476p+0f;
 // side by side, which the compiler would put one behind the other.
 #define FASTDIFF_ROWS _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; ++r)
 
+// t becomes MINUS_LOG2_E 2^t, for t from -127 to 128, where it is infinite; NaN stays. |f| <= 1/2 leaves 9e-8.
+template <int ROWS>
+FASTDIFF_INLINE inline void power(F32 (&t)[ROWS]) {
+    F32 f[ROWS], shifted[ROWS], p[ROWS];
+    FASTDIFF_ROWS shifted[r] = t[r] + 0x1.8p+23f;
+    FASTDIFF_ROWS f[r] = t[r] - (shifted[r] - 0x1.8p+23f);
+    FASTDIFF_ROWS p[r] = multiply_add(splat(-0x1.f5a9fp-10f), f[r], splat(-0x1.c9369ep-7f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.480222p-4f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.62e2a4p-2f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.fffff6p-1f));
+    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(MINUS_LOG2_E));
+    FASTDIFF_ROWS t[r] = p[r] * (F32)(((U32)shifted[r] + 127) << 23);
+}
+
 // MINUS_LOG2_E (1 + 2^t), infinite where 2^t overflows; where t is NaN t over it is NaN. 2^f is minimax, with its
 // factor MINUS_LOG2_E in the coefficients: a division by the sum then takes that off t as well.
 // t itself overflows for |y| > 2.3e38: such a positive y gives inf.
@@ -203,21 +217,13 @@ FASTDIFF_INLINE inline void one_and_power(const F32 (&t)[ROWS], F32 (&sum)[ROWS]
 
 #else
 
-// |f| <= 1/2 leaves 9e-8
 template <int ROWS>
 FASTDIFF_INLINE inline void one_and_power(const F32 (&t)[ROWS], F32 (&sum)[ROWS]) {
-    F32 f[ROWS], shifted[ROWS], p[ROWS];
     // a comparison with NaN is false, so NaN passes
-    FASTDIFF_ROWS f[r] = t[r] > 128.0f ? splat(128.0f) : t[r];
-    FASTDIFF_ROWS f[r] = f[r] < -127.0f ? splat(-127.0f) : f[r];
-    FASTDIFF_ROWS shifted[r] = f[r] + 0x1.8p+23f;
-    FASTDIFF_ROWS f[r] = f[r] - (shifted[r] - 0x1.8p+23f);
-    FASTDIFF_ROWS p[r] = multiply_add(splat(-0x1.f5a9fp-10f), f[r], splat(-0x1.c9369ep-7f));
-    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.480222p-4f));
-    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.62e2a4p-2f));
-    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(-0x1.fffff6p-1f));
-    FASTDIFF_ROWS p[r] = multiply_add(p[r], f[r], splat(MINUS_LOG2_E));
-    FASTDIFF_ROWS sum[r] = p[r] * (F32)(((U32)shifted[r] + 127) << 23) + MINUS_LOG2_E;
+    FASTDIFF_ROWS sum[r] = t[r] > 128.0f ? splat(128.0f) : t[r];
+    FASTDIFF_ROWS sum[r] = sum[r] < -127.0f ? splat(-127.0f) : sum[r];
+    power(sum);
+    FASTDIFF_ROWS sum[r] += MINUS_LOG2_E;
 }
 
 #endif

@@ -1,14 +1,18 @@
-// Matrix products of fp32 by registers: a block of rows of A times a panel of 32 columns of B, summed over the whole depth
-// before anything is stored. A's rows are `stride` apart, the rows of 32 of a panel of B `next`.
+// Matrix products of fp32 by registers: a block of rows of A times a panel of 32 columns of B. A's rows are `stride` apart,
+// the rows of 32 of a panel of B `next`.
 #pragma once
 
 #include "group_norm_vector.h"
+#include "sizes.h"
 
 namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
 constexpr int PANEL = 32;
+// What is summed up in registers before it is added to memory: of B as much as stays in the first-level cache. One sum over
+// hundreds of numbers would also lose digits that sums of sums keep.
+constexpr int64_t DEPTH = 64;
 
 // What fills the registers: MOST rows of WIDE vectors, and room for a vector of B each and a number of A.
 #if defined(__AVX512F__)
@@ -64,17 +68,18 @@ inline void block_product(int rows, const float* a, int64_t stride, const float*
     if constexpr (ROWS > 1) block_product<ROWS - 1>(rows, a, stride, b, next, depth, c, line, more);
 }
 
-// c (rows, 32), whose rows are `line` apart, = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted, the others are left alone or
-// get anything
+// c (rows, 32), whose rows are `line` apart, = a (rows, depth) b (depth, 32), or c += a b; `columns` of the 32 are wanted,
+// the others are left alone or get anything.
 inline void product(const float* a, int64_t stride, int64_t rows, const float* b, int64_t next, int64_t depth, float* c,
                     bool more, int64_t columns, int64_t line = PANEL) {
-    const int64_t blocks = (rows + MOST - 1) / MOST;
-    for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
-        for (int64_t column = 0; column < columns; column += WIDE * LANES)
-            block_product<MOST>((int)count, a + first * stride, stride, b + column, next, depth,
-                                c + first * line + column, line, more);
-    }
+    const int64_t blocks = divided(rows, MOST);
+    for (int64_t low = 0; low < depth; low += DEPTH)
+        for (int64_t i = 0; i < blocks; ++i) {
+            const int64_t first = rows * i / blocks, count = rows * (i + 1) / blocks - first;
+            for (int64_t column = 0; column < columns; column += WIDE * LANES)
+                block_product<MOST>((int)count, a + first * stride + low, stride, b + low * next + column, next,
+                                    smaller(DEPTH, depth - low), c + first * line + column, line, more || low);
+        }
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ def run(qkv: Tensor, heads: int) -> Tensor:
     call = (qkv.data_ptr(), y.data_ptr(), n, tokens, heads, channels // 3 // heads)
     if tape is not None:
         tape.attention(call, qkv)
-    native.cpu.attention(*call, torch.get_num_threads())
+    native.cpu.attention(call, torch.get_num_threads())
     return y
 
 

@@ -107,7 +107,7 @@ class Tape:
     def attention(self, call: tuple[int, ...], qkv: Tensor) -> None:
         """Record a call of `native.cpu.attention`."""
         self._known(qkv)
-        self._kernel(self._calls.attention(*call))
+        self._kernel(self._calls.attention(call))
 
     def _kernel(self, end: int) -> None:
         last = self._steps[-1] if self._steps else None

@@ -217,9 +217,9 @@ CPP = [
            "(TIMES * r + i) * LANES, z[r])", "(TIMES * r + i) * LANES, z[i ? 0 : r])", CONV, "conv"),
     Mutant("first chunk's moments", "csrc/cpu/conv_parts.h",
            "partial + i * channels * 2, count", "partial + n * each * channels * 2, count", CONV, "conv"),
-    Mutant("a share loses its last task", "csrc/cpu/conv_parts.h",
+    Mutant("a share loses its last task", "csrc/cpu/team.h",
            "i = first; i < end; ++i) body", "i = first; i < end - (thread == 1); ++i) body", CONV, "conv"),
-    Mutant("a share of rows overlooked", "csrc/cpu/conv_parts.h",
+    Mutant("a share of rows overlooked", "csrc/cpu/team.h",
            "rows * (i % cuts + 1) / cuts)", "rows * (i % cuts + 1) / cuts - (i % cuts + 1 < cuts))", CONV, "conv"),
     Mutant("a zero in front of an asymmetric image", "csrc/cpu/conv_rows.h",
            "right = tap % 3 - call.before", "right = tap % 3 - 1", CONV, "conv"),
@@ -241,7 +241,7 @@ CPP = [
     Mutant("scale of all heads together", "csrc/cpu/attention.cpp",
            "__builtin_sqrt((double)d)", "__builtin_sqrt((double)d * call.heads)", ATTEND),
     Mutant("powers of the scores themselves", "csrc/cpu/attention.cpp",
-           "power((load(scores + i) - top) * scale)", "power(load(scores + i) * scale)", ATTEND),
+           "t[1] = {(score - top) * scale}", "t[1] = {score * scale}", ATTEND),
     Mutant("largest of the first scores", "csrc/cpu/attention.cpp", "most = v > most ? v : most;", "", ATTEND),
     Mutant("lanes behind a tail in the sum", "csrc/cpu/attention.cpp",
            "sum += some == LANES ? v : first_of(v, some);", "sum += v;", ATTEND),
@@ -249,8 +249,8 @@ CPP = [
            "c < d ? h.v[t * lay.apart + c] : 0", "c < (d & ~(int64_t)1) ? h.v[t * lay.apart + c] : 0", ATTEND),
     Mutant("values of the first head", "csrc/cpu/attention.cpp",
            "values + task / lay.parts * lay.copied : h.v", "values : h.v", ATTEND),
-    Mutant("sums of sums begun again", "csrc/cpu/attention.cpp",
-           "smaller(BLOCK, depth - low), c, low > 0,", "smaller(BLOCK, depth - low), c, false,", ATTEND),
+    Mutant("sums of sums begun again", "csrc/cpu/product.h",
+           "line, more || low)", "line, more)", ATTEND),
 ]  # fmt: skip
 
 TRITON = [
