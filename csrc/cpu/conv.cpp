@@ -1,5 +1,5 @@
 // Convolutions behind a norm and in front of a sum: fastdiff/ops/norm_silu_conv.py.
-#include "conv_rows.h"
+#include "conv_spread.h"
 #include "conv_tiles.h"
 #include "play.h"
 
@@ -7,24 +7,33 @@ namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
-inline bool in_tiles(const Conv& call) { return call.kind == WINOGRAD || call.kind == WINOGRAD_UP; }
+template <typename Plan, typename Room>
+int64_t room_of(const Conv& call, int threads) {
+    return Room(call, Plan(call), threads).bytes;
+}
+
+template <typename Plan, typename Room, typename Body>
+void convolve(const Conv& call, void* memory, const Team& team, const Body& body) {
+    const Plan plan(call);
+    body(call, plan, Room(call, plan, team.threads), (char*)memory, team);
+}
+
+bool spreads(const Conv& call) { return call.kind != POINTWISE && call.out.channels <= FEW_OUTPUTS; }
+
+bool in_lines(const Conv& call) { return call.kind == POINTWISE || call.kind == STRIDED; }
 
 }  // namespace
 
 int64_t conv_room(const Conv& call, int threads) {
-    if (in_tiles(call)) return TileRoom(call, Tiling(call), threads).bytes;
-    return LineRoom(call, Lines(call), threads).bytes;
+    if (spreads(call)) return room_of<Spread, SpreadRoom>(call, threads);
+    return in_lines(call) ? room_of<Lines, LineRoom>(call, threads) : room_of<Tiling, TileRoom>(call, threads);
 }
 
 void conv(const Conv& call, void* memory, const Team& team) {
-    if (!in_tiles(call)) {
-        const Lines plan(call);
-        return convolve_lines(call, plan, LineRoom(call, plan, team.threads), (char*)memory, team);
-    }
-    const Tiling plan(call);
-    const TileRoom room(call, plan, team.threads);
-    const auto body = call.kind == WINOGRAD_UP ? convolve_tiles<true> : convolve_tiles<false>;
-    body(call, plan, room, (char*)memory, team);
+    if (spreads(call)) return convolve<Spread, SpreadRoom>(call, memory, team, convolve_spread);
+    if (in_lines(call)) return convolve<Lines, LineRoom>(call, memory, team, convolve_lines);
+    const auto tiles = call.kind == UPSAMPLED ? convolve_tiles<true> : convolve_tiles<false>;
+    convolve<Tiling, TileRoom>(call, memory, team, tiles);
 }
 
 void moments(const float* x, int64_t images, int64_t pixels, int64_t channels, double* out, int threads) {

@@ -27,7 +27,8 @@ struct Sum {
     double* moments;
 };
 
-enum Kind : int { POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED };
+// 1x1, 3x3, 3x3 of an image whose pixels are repeated, 3x3 of stride 2
+enum Kind : int { POINTWISE, SAME, UPSAMPLED, STRIDED };
 
 // weight: (panels, C, taps, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
 struct Conv {
@@ -35,7 +36,7 @@ struct Conv {
     Maps in;
     const float* weight;
     Sum out;
-    int64_t stride, before;  // STRIDED: of the window's corners, and how many zeros lie before the first pixel of an axis
+    int64_t stride, before;  // of the windows of 3x3, and how many zeros lie before the first pixel of an axis
 };
 
 // y (N, tokens, heads, depth) of qkv (N, tokens, 3, heads, depth)

@@ -8,16 +8,29 @@ namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
-// bytes of so many floats, in whole lines of a cache
-inline int64_t lines(int64_t floats) { return divided(floats, 16) * 64; }
+// so many floats and what is left of a line of the cache
+inline int64_t padded(int64_t floats) { return divided(floats, 16) * 16; }
+
+// pixels of the result along an axis of n
+inline int64_t result_size(const Conv& call, int64_t n) {
+    if (call.kind == POINTWISE) return n;
+    // as much behind as in front, or one more where the image ends before the last window
+    return ((n << (call.kind == UPSAMPLED)) + 1 - 3 + (call.before ? 1 : 0)) / call.stride + 1;
+}
+
+// bias + add of an image, LANES channels of it
+inline F32 base_of(const Sum& out, int64_t image, int64_t channel, int count) {
+    const F32 base = out.bias ? read(out.bias + channel, count) : F32{};
+    return out.add.data ? base + read(out.add.data + image * out.add.image + channel, count) : base;
+}
 
 // The first of a call's room: the numbers of its norm, and the moments of each chunk (chunks, C, 2).
 struct Front {
     int64_t partial, end;  // bytes from the beginning
 
     Front(const Conv& call, int64_t chunks) {
-        partial = lines(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
-        end = partial + lines(call.out.moments ? chunks * call.out.channels * 4 : 0);
+        partial = 4 * padded(call.in.groups ? call.in.images * 3 * call.in.channels : 0);
+        end = partial + 4 * padded(call.out.moments ? chunks * call.out.channels * 4 : 0);
     }
 
     // ready for all threads

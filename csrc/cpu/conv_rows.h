@@ -16,16 +16,14 @@ struct Lines {
     int64_t height, width;  // of the result
     int64_t span, each;     // pixels of a chunk, chunks of an image
     int64_t chunks, part;   // of all, of those that are multiplied together
+    int64_t most;           // pixels of these
 
     explicit Lines(const Conv& call) {
-        const bool taps = call.kind == STRIDED;
-        // as much behind as in front, or one more where the image ends before the last window
-        const auto size = [&](int64_t n) { return taps ? (n + 1 - 3 + (call.before ? 1 : 0)) / call.stride + 1 : n; };
-        height = size(call.in.height), width = size(call.in.width);
-        span = taps ? larger(1, PART_PIXELS / larger(width, 1)) * width : PART_PIXELS;
-        const int64_t all = height * width;
+        height = result_size(call, call.in.height), width = result_size(call, call.in.width);
+        span = call.kind == STRIDED ? larger(1, PART_PIXELS / larger(width, 1)) * width : PART_PIXELS;
+        const int64_t all = height * width, some = smaller(span, all);
         each = divided(all, larger(span, 1)), chunks = call.in.images * each;
-        part = larger(1, PART_PIXELS / larger(1, smaller(span, all)));
+        part = larger(1, PART_PIXELS / larger(1, some)), most = part * some;
     }
 
     // pixels of the result before chunk i
@@ -38,14 +36,13 @@ struct LineRoom {
     int64_t own, own_a, bytes;  // floats of one thread, which begin behind `front`; of its normed pixels; bytes of all
 
     LineRoom(const Conv& call, const Lines& p, int threads) : front(call, p.chunks) {
-        const int64_t pixels = p.part * p.span;
-        own_a = call.in.groups ? lines(pixels * call.in.channels) / 4 : 0;
-        own = own_a + lines(pixels * PANEL) / 4;
+        own_a = call.in.groups ? padded(p.most * call.in.channels) : 0;
+        own = own_a + padded(p.most * PANEL);
         bytes = front.end + threads * own * 4;
     }
 };
 
-// m (pixels, 32) of a chunk of a 3x3 convolution, tap by tap
+// m (pixels, 32) of a chunk, tap by tap
 inline void taps(const Conv& call, const Lines& plan, int64_t chunk, const float* weight, float* m, int64_t columns) {
     const Maps& in = call.in;
     const int64_t n = chunk / plan.each, first = chunk % plan.each * plan.span / plan.width;
@@ -60,9 +57,31 @@ inline void taps(const Conv& call, const Lines& plan, int64_t chunk, const float
             const int64_t end = smaller(plan.width, divided(in.width - right, call.stride));
             if (begin >= end) continue;
             product(in.x + ((n * in.height + y) * in.width + begin * call.stride + right) * in.channels,
-                    call.stride * in.channels, end - begin, weight + tap * PANEL, 9 * PANEL,
-                    in.channels, m + (line * plan.width + begin) * PANEL, true, columns);
+                    call.stride * in.channels, end - begin, weight + tap * PANEL, 9 * PANEL, in.channels,
+                    m + (line * plan.width + begin) * PANEL, true, columns);
         }
+}
+
+// z of `count` pixels from pixel `first` of image n on
+inline void norm(const Conv& call, const Numbers& numbers, int64_t n, int64_t first, int64_t count, float* out) {
+    for (int64_t i = 0; i < lanes_of(call.in); ++i) {
+        Reader reader{call.in, lane_of(call.in, i), {}, {}, {}};
+        reader.begin(numbers, n);
+        reader.put(n, first, count, out + reader.lane.channel, call.in.channels);
+    }
+}
+
+// m (pixels, 32) = z w of `count` pixels from pixel `first` of all on; w: one panel of a 1x1 convolution's weights, the
+// rows of which are `next` apart. normed: z, where there is a norm
+inline void multiply(const Conv& call, const float* normed, int64_t first, int64_t count, const float* weight,
+                     int64_t next, float* m, int64_t columns, int64_t line = PANEL) {
+    const Maps& in = call.in;
+    const int64_t second = in.channels - in.x_channels;
+    if (normed) return product(normed, in.channels, count, weight, next, in.channels, m, false, columns, line);
+    product(in.x + first * in.x_channels, in.x_channels, count, weight, next, in.x_channels, m, false, columns, line);
+    if (second)
+        product(in.x2 + first * second, second, count, weight + in.x_channels * next, next, second, m, true, columns,
+                line);
 }
 
 // y of one chunk from its products m, LANES channels of it, and their moments
@@ -70,8 +89,7 @@ inline void put(const Conv& call, const Lines& plan, int64_t chunk, int64_t chan
     const Sum& out = call.out;
     const int count = (int)smaller(LANES, out.channels - channel);
     const int64_t pixels = plan.pixels(chunk), first = plan.before(chunk) * out.channels + channel;
-    F32 base = out.bias ? read(out.bias + channel, count) : F32{};
-    if (out.add.data) base += read(out.add.data + chunk / plan.each * out.add.image + channel, count);
+    const F32 base = base_of(out, chunk / plan.each, channel, count);
     Moments moments;
     for (int64_t i = 0; i < pixels; ++i) {
         const int64_t at = first + i * out.channels;
@@ -85,42 +103,26 @@ inline void put(const Conv& call, const Lines& plan, int64_t chunk, int64_t chan
 
 inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, char* memory,
                            const Team& team) {
-    const Maps& in = call.in;
     const Numbers numbers = room.front.numbers(call, memory, team);
     double* partial = room.front.moments(call, memory);
     float *normed = (float*)(memory + room.front.end) + team.thread * room.own, *m = normed + room.own_a;
-    const int64_t panels = divided(call.out.channels, PANEL), depth = in.channels, second = depth - in.x_channels;
-    const int64_t tap_count = call.kind == STRIDED ? 9 : 1;
+    const int64_t panels = divided(call.out.channels, PANEL), depth = call.in.channels;
     team.share(divided(plan.chunks, plan.part), panels, [&](int64_t part, int64_t panel, int64_t end) {
-        const int64_t begin = part * plan.part, chunks = smaller(plan.part, plan.chunks - begin);
-        const int64_t first = plan.before(begin);
-        const int64_t pixels = plan.before(begin + chunks - 1) + plan.pixels(begin + chunks - 1) - first;
-        if (numbers.data)
-            for (int64_t i = 0; i < lanes_of(in); ++i) {
-                Reader reader{in, lane_of(in, i), {}, {}, {}};
-                for (int64_t chunk = begin; chunk < begin + chunks; ++chunk) {
-                    const int64_t n = chunk / plan.each;
-                    reader.begin(numbers, n);
-                    reader.put(n, plan.before(chunk) - n * plan.height * plan.width, plan.pixels(chunk),
-                               normed + (plan.before(chunk) - first) * depth + reader.lane.channel, depth);
-                }
-            }
+        const int64_t begin = part * plan.part, last = smaller(begin + plan.part, plan.chunks) - 1;
+        const int64_t first = plan.before(begin), pixels = plan.before(last) + plan.pixels(last) - first;
+        for (int64_t i = begin; numbers.data && i <= last; ++i)
+            norm(call, numbers, i / plan.each, i % plan.each * plan.span, plan.pixels(i),
+                 normed + (plan.before(i) - first) * depth);
         for (; panel < end; ++panel) {
             const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
-            const float* weight = call.weight + panel * tap_count * depth * PANEL;
-            if (call.kind == STRIDED) {
-                for (int64_t i = 0; i < chunks; ++i)
-                    taps(call, plan, begin + i, weight, m + (plan.before(begin + i) - first) * PANEL, columns);
-            } else if (numbers.data) {
-                product(normed, depth, pixels, weight, PANEL, depth, m, false, columns);
-            } else {
-                product(in.x + first * in.x_channels, in.x_channels, pixels, weight, PANEL, in.x_channels, m, false,
-                        columns);
-                if (second)
-                    product(in.x2 + first * second, second, pixels, weight + in.x_channels * PANEL, PANEL, second, m,
-                            true, columns);
-            }
-            for (int64_t i = begin; i < begin + chunks; ++i)
+            if (call.kind == POINTWISE)
+                multiply(call, numbers.data ? normed : nullptr, first, pixels, call.weight + panel * depth * PANEL,
+                         PANEL, m, columns);
+            else
+                for (int64_t i = begin; i <= last; ++i)
+                    taps(call, plan, i, call.weight + panel * 9 * depth * PANEL, m + (plan.before(i) - first) * PANEL,
+                         columns);
+            for (int64_t i = begin; i <= last; ++i)
                 for (int64_t c = 0; c < columns; c += LANES)
                     put(call, plan, i, channel + c, m + (plan.before(i) - first) * PANEL + c,
                         partial ? partial + i * call.out.channels * 2 : nullptr);

@@ -38,7 +38,7 @@ struct Tiling {
     int64_t blocks;         // of DEPTH channels or less, whose products are summed up one after another
     bool up;
 
-    explicit Tiling(const Conv& call) : up(call.kind == WINOGRAD_UP) {
+    explicit Tiling(const Conv& call) : up(call.kind == UPSAMPLED) {
         height = call.in.height << up, width = call.in.width << up;
         tall = divided(height, TILE_OUT), wide = divided(width, TILE_OUT);
         across = divided(wide, CHUNK_TILES), columns = divided(wide, larger(across, 1));
@@ -86,8 +86,8 @@ struct TileRoom {
         m_point = p.part * p.rows * p.columns * PANEL + APART;
         own_u = p.points * u_point;
         const int64_t ring = POINTS * 2 * (p.columns * TILE_OUT + 2) * LANES;
-        own = lines(larger(own_u + p.points * m_point, ring)) / 4;
-        each = front.end + lines(p.points * v_point);
+        own = padded(larger(own_u + p.points * m_point, ring));
+        each = front.end + 4 * padded(p.points * v_point);
         bytes = each + threads * own * 4;
     }
 };
@@ -200,8 +200,7 @@ void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room
                       const float* m, double* partial) {
     const Sum& out = call.out;
     const int count = (int)smaller(LANES, out.channels - channel);
-    F32 base = out.bias ? read(out.bias + channel, count) : F32{};
-    if (out.add.data) base += read(out.add.data + chunk.image * out.add.image + channel, count);
+    const F32 base = base_of(out, chunk.image, channel, count);
     Moments moments;
     for (int64_t i = 0; i < chunk.rows; ++i)
         for (int64_t j = 0; j < chunk.columns; ++j, m += PANEL) {

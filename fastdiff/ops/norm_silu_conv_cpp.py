@@ -10,7 +10,7 @@ from fastdiff.ops.norm_silu_conv import result_shape
 from fastdiff.ops.tape import beside, recording
 
 LAST = torch.channels_last
-POINTWISE, WINOGRAD, WINOGRAD_UP, STRIDED = range(4)
+POINTWISE, SAME, UPSAMPLED, STRIDED = range(4)
 
 
 def _last(x: Tensor | None) -> Tensor | None:
@@ -80,7 +80,7 @@ def run(
     empty = torch.empty if tape is None else tape.empty
     y = empty((shape[0], *shape[2:], outputs), dtype=torch.float32).permute(0, 3, 1, 2)
     out = empty((n, outputs, 2) if measure else (0,), dtype=torch.float64)
-    kind = POINTWISE if size == 1 else STRIDED if stride == 2 else WINOGRAD_UP if upsample else WINOGRAD
+    kind = POINTWISE if size == 1 else STRIDED if stride == 2 else UPSAMPLED if upsample else SAME
     address = native.address
     call = (
         *(kind, x.data_ptr(), address(x2), first, channels, n, height, width, groups, eps),

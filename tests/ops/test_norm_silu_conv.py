@@ -114,7 +114,12 @@ CASES = {
     "130 to 33": Case(shape=(2, 130, 9, 7), outputs=33, groups=13, given=NUMBERS, per_image=True),
     "260 to 260": Case(shape=(1, 260, 9, 7), outputs=260, groups=20, given=NUMBERS),
     "260 to 1": Case(shape=(5, 260, 5, 6), outputs=1, groups=26),
-    "130 of 17": Case(shape=(17, 130, 13, 9), outputs=5),
+    "130 of 17": Case(shape=(17, 130, 13, 9), outputs=9),
+    # outputs so few that all taps are multiplied at once
+    "to 7 of two": Case(shape=(3, 35, 11, 9), outputs=7, split=19, given=NUMBERS, per_image=True),
+    "to 6 of two, normed": Case(shape=(3, 35, 11, 9), outputs=6, split=19, groups=5, given=NUMBERS, per_image=True),
+    "to 3": Case(shape=(2, 128, 32, 32), outputs=3, groups=32, given=NORM),
+    "to 1, wide": Case(shape=(2, 20, 3, 141), outputs=1, given=NUMBERS),
     # two tensors: boundaries inside of vectors and of groups
     "two": Case(split=4, groups=3, given=NUMBERS, per_image=True),
     "two without norm": Case(shape=(2, 40, 6, 6), split=17),
@@ -136,7 +141,7 @@ CASES = {
     "tall": Case(shape=(2, 6, 90, 3), groups=2, given=NUMBERS),
     "no images": Case(shape=(0, 6, 5, 5), given=("bias",)),
     # more transformed inputs than are kept together
-    "several groups of tiles": Case(shape=(5, 100, 37, 41), outputs=3, groups=10, given=NORM),
+    "several groups of tiles": Case(shape=(5, 100, 37, 41), outputs=9, groups=10, given=NORM),
     "mean 1000": Case(shape=(2, 12, 13, 9), groups=3, given=NUMBERS, mean=1000.0),
     "mean 1000, two": Case(shape=(2, 36, 28, 28), split=13, groups=4, given=NUMBERS, mean=-1000.0),
 }
