@@ -13,7 +13,10 @@ from fastdiff.ops.group_norm_silu import layout
 
 
 class Given(NamedTuple):
-    """The tensors of a call as the kernels take them: x and x2 dense in one layout, the small ones in fp32."""
+    """The tensors of a call as the kernels take them: x and x2 dense in one layout, the small ones in fp32.
+
+    `native.apart` says how far one image's numbers lie from the next one's in a small tensor.
+    """
 
     x: Tensor
     x2: Tensor | None
@@ -30,8 +33,7 @@ class Given(NamedTuple):
         """Copies only what is not laid out as the result will be. small: weight, bias, add, scale, shift."""
         form = layout(x)
         x2 = None if x2 is None else x2.contiguous(memory_format=form)
-        wide = [None if v is None else native.dense(v, torch.float32) for v in small]
-        return cls(x.contiguous(memory_format=form), x2, form, *wide)
+        return cls(x.contiguous(memory_format=form), x2, form, *map(native.per_channel, small))
 
     @property
     def last(self) -> bool:
@@ -64,11 +66,6 @@ class Given(NamedTuple):
         """A new tensor beside x of that many channels."""
         shape = (self.x.shape[0], channels, *self.x.shape[2:])
         return torch.empty(shape, dtype=self.x.dtype, device=self.x.device, memory_format=self.form)
-
-
-def stride(v: Tensor | None) -> int:
-    """How far the numbers of an image lie from those of the next in one of the small tensors."""
-    return int(v.shape[1]) if v is not None and v.ndim == 2 else 0
 
 
 def refuses(kernel: str, x: Tensor, x2: Tensor | None = None) -> str | None:

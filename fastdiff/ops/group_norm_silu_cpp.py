@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import group_norm_call, native
-from fastdiff.ops.group_norm_call import Given, stride
+from fastdiff.ops.group_norm_call import Given
 
 
 def normed(given: Given, groups: int, act: bool) -> tuple[Any, ...]:
@@ -17,7 +17,7 @@ def normed(given: Given, groups: int, act: bool) -> tuple[Any, ...]:
     return (
         *(x.data_ptr(), native.address(given.x2), x.shape[1], native.DTYPES[x.dtype], given.last),
         *(n, channels, pixels, groups),
-        *(number for v in given.small for number in (native.address(v), stride(v))),
+        *(number for v in given.small for number in (native.address(v), native.apart(v))),
         *(act, torch.get_num_threads()),
     )
 

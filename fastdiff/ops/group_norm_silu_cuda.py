@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import cuda, group_norm_call, native
-from fastdiff.ops.group_norm_call import Given, stride
+from fastdiff.ops.group_norm_call import Given
 
 _ORDER = ("dy", "residual", "y", "dx", "dx2", "stats", "sums")
 
@@ -18,7 +18,7 @@ def launch(given: Given, groups: int, *, eps: float = 0.0, act: bool, backward: 
     tensors = (given.x, given.x2, *map(others.get, _ORDER))
     call = cuda.kernels.GroupNorm(
         tuple(map(native.address, tensors)),
-        tuple((native.address(v), stride(v)) for v in given.small),
+        tuple((native.address(v), native.apart(v)) for v in given.small),
         *(native.DTYPES[given.x.dtype], native.DTYPES[(given.x if residual is None else residual).dtype]),
         *(given.last, act),
         *(n, given.x.shape[1], channels, pixels, groups, eps),

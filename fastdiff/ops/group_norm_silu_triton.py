@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.ops import group_norm_tiles as tiles, jit
+from fastdiff.ops import group_norm_tiles as tiles, jit, native
 from fastdiff.ops.group_norm_backward_triton import run_backward
-from fastdiff.ops.group_norm_call import Given, stride
+from fastdiff.ops.group_norm_call import Given
 from fastdiff.ops.group_norm_parts_triton import (
     along,
     coefficients,
@@ -223,7 +223,8 @@ def forward(given: Given, groups: int, eps: float, act: bool, plan: Tiles) -> tu
     walk, plane = (plan.steps, plan.splits), n * channels * plan.splits
     jit.launch(sums_kernel, grid)(x, given.x2, part, *sizes, plane, *walk, **block)
     jit.launch(statistics_kernel, (n * groups,))(
-        part, given.add, stats, stride(given.add), channels, pixels, plane, plan.steps * plan.block_p, plan.splits, eps,
+        part, given.add, stats, native.apart(given.add), channels, pixels, plane,
+        plan.steps * plan.block_p, plan.splits, eps,
         GROUP=group, BLOCK=min(tiles.ENTRIES, tiles.power(group * plan.splits)),
     )  # fmt: skip
     jit.launch(apply_kernel, grid)(x, given.x2, None, y, stats, *numbers, *sizes, *walk, GROUP=group, ACT=act, **block)

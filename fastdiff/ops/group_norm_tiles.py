@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdiff.ops import group_norm_call
-from fastdiff.ops.group_norm_call import Given, stride
+from fastdiff.ops import group_norm_call, native
+from fastdiff.ops.group_norm_call import Given
 
 ONE_PASS = {("forward", 2): 32768, ("forward", 4): 32768, ("backward", 2): 16384, ("backward", 4): 8192}
 """Most elements that a block holds, padding included (backward: of x, and as many of dy), by bytes an element."""
@@ -147,7 +147,7 @@ def multiprocessors(device: torch.device) -> int:
 
 def numbers(given: Given) -> tuple[Tensor | int | None, ...]:
     """The small tensors and strides, in the order of the kernels' arguments."""
-    return *given.small, *map(stride, given.small[2:])
+    return *given.small, *map(native.apart, given.small[2:])
 
 
 def block(given: Given, plan: Tiles) -> dict[str, int | bool]:

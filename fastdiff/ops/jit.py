@@ -36,9 +36,14 @@ def refuses(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def traced() -> bool:
+    """Whether a call is put into a graph, or a mode looks at it."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def launch(kernel: Any, grid: tuple[int, ...]) -> Any:
     """kernel[grid], in the form that torch.compile sees through while it traces. A tensor is the first argument."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if traced():
         return torch.library.wrap_triton(kernel)[grid]
     return kernel[grid] if INTERPRETED else functools.partial(_on_its_device, kernel[grid])
 

@@ -187,7 +187,7 @@ def call(op: str, *args: Any, **given: Any) -> Any:
 
 def plain(*args: Any) -> bool:
     """Whether nothing but the kernel looks at these arguments: no gradient, no tracing, no subclass, no mode."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if jit.traced():
         return False
     grad = torch.is_grad_enabled()
     # a loop is twice as fast as all(), and most arguments are None

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastdiff.ops import jit
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """The numbers of csrc/cpu/kernels.h."""
 
@@ -88,6 +90,24 @@ def strided(x: Tensor) -> Strided | None:
 def dense(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x itself where it already is dense and of that dtype, else a copy."""
     return x if x.dtype is dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def per_channel(v: Tensor | None) -> Tensor | None:
+    """v, (C,) or (N, C), in fp32: the numbers of an image one behind the other, those of the next one anywhere.
+
+    A slice of a wide row, as lines of a time table come, is taken as it lies.
+    """
+    if v is None:
+        return None
+    v = v.to(torch.float32)
+    beside = v.stride(-1) == 1 or v.shape[-1] == 1
+    # a compiler keeps what is dense dense; other strides of a graph may be none of those that were traced
+    return v if beside and not jit.traced() else v.contiguous()
+
+
+def apart(v: Tensor | None) -> int:
+    """How far the numbers of an image lie from those of the next in what `per_channel` gives; 0 where all share one."""
+    return int(v.stride(0)) if v is not None and v.ndim == 2 else 0
 
 
 LARGE = 32 << 20

@@ -17,18 +17,6 @@ def _last(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous(memory_format=LAST)
 
 
-def _numbers(v: Tensor | None) -> Tensor | None:
-    """v in float32, the numbers of an image one behind the other; those of the next one may lie anywhere."""
-    if v is None:
-        return None
-    v = v.to(torch.float32)
-    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
-
-
-def _apart(v: Tensor | None) -> int:
-    return v.stride(0) if v is not None and v.ndim == 2 else 0
-
-
 def measured(x: Tensor) -> Tensor:
     """Mean and variance of each channel of each image (N, C, 2), float64; x channels_last."""
 
@@ -69,7 +57,8 @@ def run(
     x = x.contiguous(memory_format=LAST)
     x2, residual = _last(x2), _last(residual)
     weight = native.dense(weight, torch.float32)
-    bias, add, norm_weight, norm_bias, scale, shift = map(_numbers, (bias, add, norm_weight, norm_bias, scale, shift))
+    small = (bias, add, norm_weight, norm_bias, scale, shift)
+    bias, add, norm_weight, norm_bias, scale, shift = map(native.per_channel, small)
     n, first, height, width = x.shape
     channels = first if x2 is None else first + x2.shape[1]
     if groups:
@@ -81,13 +70,13 @@ def run(
     y = empty((shape[0], *shape[2:], outputs), dtype=torch.float32).permute(0, 3, 1, 2)
     out = empty((n, outputs, 2) if measure else (0,), dtype=torch.float64)
     kind = POINTWISE if size == 1 else STRIDED if stride == 2 else UPSAMPLED if upsample else SAME
-    address = native.address
+    address, apart = native.address, native.apart
     call = (
         *(kind, x.data_ptr(), address(x2), first, channels, n, height, width, groups, eps),
         *(address(norm_weight), 0, address(norm_bias), 0),
-        *(address(scale), _apart(scale), address(shift), _apart(shift)),
+        *(address(scale), apart(scale), address(shift), apart(shift)),
         *(address(moments), address(moments2), act, weight.data_ptr(), y.data_ptr(), outputs, address(bias)),
-        *(address(add), _apart(add), address(residual), out.data_ptr() if measure else 0),
+        *(address(add), apart(add), address(residual), out.data_ptr() if measure else 0),
         *(stride, 0 if asymmetric else 1),
     )
     if tape is not None:

@@ -74,7 +74,7 @@ _kept_table = functools.lru_cache(maxsize=64)(_table)
 
 def _maker(device: torch.device) -> Callable[..., Tensor]:
     """`_table`: once and for all, but anew as part of a graph that is being traced or captured."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    traced = jit.traced()
     captured = device.type == "cuda" and not traced and torch.cuda.is_current_stream_capturing()
     return _table if traced or captured else _kept_table
 

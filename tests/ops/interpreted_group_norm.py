@@ -9,6 +9,7 @@ from torch.nn import functional
 from fastdiff.ops import group_norm_tiles as tiles, jit
 from fastdiff.ops.group_norm_call import Given
 from fastdiff.ops.group_norm_silu import group_norm_silu_ref, layout
+from tests.ops.describe import laid
 
 if not jit.INTERPRETED:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
@@ -237,6 +238,24 @@ def test_strides(name):
             group_norm_silu_ref(leaf, 1, None, None, x2=None if x2 is None else x2.double()), leaf, grad.double()
         )
         assert error(group_norm_silu_triton.run_backward(grad, x, stats, 1, None, None, x2=x2)[0], wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("path", ["one pass", "walk"])
+@pytest.mark.parametrize("last", [False, True])
+def test_slices_of_a_wide_row_are_read_where_they_lie(path, last):
+    case = Case((2, 12, 5, 7), 3, second=6, path=path, last=last)
+    dy, x, weight, bias, given = tensors(case)
+    x2, dense = given.pop("x2"), list(given.values())
+    found = []
+    for small in (dense, [laid(v, "sliced") for v in dense]):
+        numbers = Given.of(x, x2, weight, bias, *small)
+        assert all(a is b for a, b in zip(numbers.small[2:], small, strict=True))
+        y, stats = group_norm_silu_triton.forward(numbers, 3, 1e-5, True, tiles_of(case))
+        back = group_norm_backward_triton.backward(numbers, dy, stats, 3, True, tiles_of(case))
+        options = {"act": True} | {k: v[:, :6] for k, v in zip(given, small, strict=True)}
+        injected = inject_triton.run(x, **options), *inject_triton.run_backward(dy[:, :6], x, **options)
+        found.append([y, stats, *back, *injected])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("shape", [(0, 12, 4, 4), (2, 12, 0, 4), (2, 12, 0), (0, 12, 0)])

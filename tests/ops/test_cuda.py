@@ -19,6 +19,7 @@ from fastdiff.ops.inject import inject_ref
 from fastdiff.ops.q_sample import q_sample_ref
 from tests.ops import emulated
 from tests.ops.cases import CASES as STEPS, Case as Step, copied, inputs, run
+from tests.ops.describe import laid
 from tests.ops.test_cpp import MASKS, noising
 from tests.ops.test_group_norm_cpp import CASES as NORMS, NAMES, Case, arguments, by_reference, cast, small_grads
 from tests.ops.test_step import allowed, error, written_out
@@ -398,6 +399,20 @@ def test_inject(kernels, shape, last, dtype, given):
     got = {"y": y, "dx": dx, "dadd": factor * sums[..., 0], "dscale": sums[..., 1], "dshift": sums[..., 0]}
     for key, wanted in exact.items():
         compare(got[key], own[key], wanted, key)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_slices_of_a_wide_row(h100, last):
+    args = arguments(Case((3, 16, 6, 5), 4, given=NAMES, per_image=True, last=last))
+    dy = torch.randn(3, 16, 6, 5, generator=torch.Generator().manual_seed(1))
+    names, found = NAMES[2:], []
+    for how in ("contiguous", "sliced"):
+        given = args | {k: laid(args[k], how) for k in names}
+        options = {k: given[k] for k in (*names, "act")}
+        norm = [v for v in by_kernel(given, dy).values() if v is not None]
+        injected = inject_cuda.run(args["x"], **options), *inject_cuda.run_backward(dy, args["x"], **options)
+        found.append([*norm, *injected])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("own", ["same", "x itself", "other layout", *FLOATS])
