@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BEGIN = time.perf_counter()
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 WHAT = ("ours", "max-autotune")
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -54,24 +51,13 @@ def image(what: str, model: str, device: str, backend: str, steps: int) -> dict[
 
 
 def measure(what: str, model: str, device: str, backend: str, timeout: float) -> dict[str, float]:
-    """Seconds of each part in a new process with empty caches.
+    """Seconds of each part in a new process with empty caches. RuntimeError as of `process.command`."""
+    from benchmarks.process import command
 
-    Raises RuntimeError with the last line of what went wrong, and after `timeout` seconds.
-    """
-    given = [what, "--model", model, "--device", device, "--backend", backend]
+    given = (what, "--model", model, "--device", device, "--backend", backend)
     with tempfile.TemporaryDirectory() as empty:
         caches = {name: str(Path(empty, name)) for name in CACHES}
-        try:
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__)), *given],
-                env=os.environ | caches, capture_output=True, text=True, check=False, timeout=timeout,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"no image after {timeout:.0f} seconds") from error
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    parts: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return parts
+        return command("cold.py", *given, variables=caches, timeout=timeout)
 
 
 def main() -> int:

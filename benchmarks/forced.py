@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks import network_table  # noqa: E402
-from benchmarks.note import Note  # noqa: E402
+from benchmarks import network_table
+from benchmarks.note import Note
+from benchmarks.process import command
 
 AVX2 = {
     "FASTDIFF_ISA": "v3",
@@ -32,18 +30,6 @@ AVX2 = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
 """What ours, PyTorch with its compiler, oneDNN and MKL read."""
-
-
-def command(script: str, *args: object, variables: dict[str, str] | None = None) -> dict[str, Any]:
-    """The JSON that another script of this folder prints last. RuntimeError with the last line of what went wrong."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, args)],
-        env=os.environ | (variables or {}), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    record: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return record
 
 
 def measured(model: str, batch: int, rounds: int, modes: tuple[str, ...]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ sys.path.append(str(HERE.parent))
 
 import torch  # noqa: E402
 
-from benchmarks.forced import command  # noqa: E402
 from benchmarks.note import Note  # noqa: E402
+from benchmarks.process import command  # noqa: E402
 from fastdiff.nn import prepare  # noqa: E402
 
 DROPPED = "ours, prepared, the net dropped"

@@ -341,7 +341,7 @@ def test_watching_ends(monkeypatch):
 
 def test_memory_of_a_process_of_its_own(monkeypatch):
     from benchmarks import memory
-    from benchmarks.forced import command
+    from benchmarks.process import command
 
     found = command("memory.py", "eager", "--model", "28x28 grey", "--batch", 4, "--threads", 1)
     assert found["weights"] == 4 * 6_469_889
@@ -362,20 +362,21 @@ def test_memory_of_a_process_of_its_own(monkeypatch):
 @needs_cpp
 def test_a_row_that_is_held_to_avx2():
     from benchmarks import forced
+    from benchmarks.process import command
 
     if "avx2" not in torch.backends.cpu.get_cpu_capability().lower() and "AVX512" not in (
         torch.backends.cpu.get_cpu_capability()
     ):
         pytest.skip("this CPU has no AVX2")
     args = ("--model", "small 32x32", "--batch", 1, "--rounds", 1, "--threads", 1, "--eager")
-    record = forced.command("forced.py", *args, variables=forced.AVX2)
+    record = command("forced.py", *args, variables=forced.AVX2)
     assert record["capability"] == "AVX2"
     assert record["difference"] <= 2e-5
     text = forced.lines(record)
     assert "FASTDIFF_ISA=v3" in text[-2]
     assert any(line.startswith("| **ours, prepared** |") for line in text)
     with pytest.raises(RuntimeError, match="KeyError: 'no such model'"):
-        forced.command("forced.py", "--model", "no such model", "--eager")
+        command("forced.py", "--model", "no such model", "--eager")
 
 
 def test_whole_loops(engine, monkeypatch):

@@ -217,7 +217,7 @@ def test_the_first_image_of_a_new_process():
     assert order == sorted(order)
     with pytest.raises(RuntimeError, match="KeyError: 'no such model'"):
         cold.measure("ours", "no such model", "cpu", "auto", timeout=120)
-    with pytest.raises(RuntimeError, match="no image after 0 seconds"):
+    with pytest.raises(RuntimeError, match="no result after 0 seconds"):
         cold.measure("ours", "small 32x32", "cpu", "auto", timeout=0.01)
 
 
