@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytest
+
 import fastdiff
+from fastdiff.ops import native
 
 HOME = Path(fastdiff.__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 
 
 def environment(home: Path = HOME, **variables: str) -> dict[str, str]:
@@ -28,3 +33,17 @@ def python(*args: str, home: Path = HOME, **variables: str) -> subprocess.Comple
         timeout=120,
         check=False,
     )
+
+
+def nothing_wrong_on(isa: str, complaints: Callable[[], Iterable[str]]) -> None:
+    """`complaints`, a function of a test module, has none in a process held to an instruction set, where it runs."""
+    if isa not in native.cpu.isas:
+        pytest.skip(f"{isa} does not run here")
+    module, name = complaints.__module__, complaints.__name__
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); from fastdiff.ops import native; "
+        f"from {module} import {name}; print(native.isa(), *{name}(), sep='; ')"
+    )
+    done = python("-c", code, FASTDIFF_ISA=isa, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa

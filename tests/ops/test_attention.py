@@ -1,7 +1,6 @@
 """attention: the reference against the formula, the C++ kernel against float64, and what is refused."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +9,8 @@ from torch.nn import functional
 from fastdiff.ops import attention, dispatch, native
 from tests.ops import oracle
 from tests.ops.describe import laid, poisoned
-from tests.process import python
+from tests.process import nothing_wrong_on
 
-ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="no compiled kernels here")
 TOKENS, DEPTHS, HEADS = (1, 5, 16, 33, 49, 100, 256, 1024), (1, 3, 8, 24, 32, 40, 64, 256), (1, 2, 4)
 # every count of tokens with every depth, heads in turn; few numbers get several images
@@ -181,30 +179,18 @@ def test_result_lies_on_the_cpu_wherever_new_tensors_would():
     assert torch.equal(y, attention(qkv, 2))
 
 
-FORCED = """
-import torch
-from fastdiff.ops import attention, native
-from tests.ops import test_attention as t
-torch.set_num_threads(1)
-wrong = []
-for case in t.CASES[7:48:2] + t.CASES[53:54] + t.CASES[55:56]:
-    for times in (1.0, 30.0):
-        qkv = t.drawn(*case, times)
-        said = t.complaint(qkv, case[2], attention(qkv, case[2]))
-        wrong += [f"{case}: {said}"] * bool(said)
-print(native.isa(), *wrong, sep="; ")
-"""
+def complaints():
+    for case in CASES[7:48:2] + CASES[53:54] + CASES[55:56]:
+        for times in (1.0, 30.0):
+            qkv = drawn(*case, times)
+            if said := complaint(qkv, case[2], attention(qkv, case[2])):
+                yield f"{case}: {said}"
 
 
 @needs_kernels
 @pytest.mark.parametrize("isa", ["v3", "base"])
 def test_other_instruction_sets(isa):
-    if isa not in native.cpu.isas:
-        pytest.skip(f"{isa} does not run here")
-    code = f"import sys; sys.path.append({str(ROOT)!r})" + FORCED
-    done = python("-c", code, FASTDIFF_ISA=isa, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa
+    nothing_wrong_on(isa, complaints)
 
 
 # gradients -----------------------------------------------------------------------------------------------------------

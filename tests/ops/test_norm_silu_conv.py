@@ -1,7 +1,5 @@
 """norm_silu_conv: the reference against torch's own layers, the C++ kernels against float64, and what is refused."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
@@ -11,9 +9,8 @@ from fastdiff.ops.norm_silu_conv import moments_ref, unpack
 from tests.ops import convolutions
 from tests.ops.convolutions import KINDS, NUMBERS, Case, arguments, complaint, exact, far, run
 from tests.ops.describe import poisoned
-from tests.process import python
+from tests.process import nothing_wrong_on
 
-ROOT = Path(__file__).parents[2]
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="no compiled kernels here")
 NORM = ("norm_weight", "norm_bias", "bias")
 NORMED = [kind for kind in KINDS if "stride" not in KINDS[kind]]
@@ -314,30 +311,18 @@ def test_repeats_are_bit_equal(kind, threads):
         assert all(map(torch.equal, run(args, measure=True), wanted)), repeat
 
 
-FORCED = """
-import torch
-from fastdiff.ops import native, norm_silu_conv
-from tests.ops import test_norm_silu_conv as t
-torch.set_num_threads(1)
-wrong = []
-for name, kind in t.EVERY[::3]:
-    case = t.taken(t.CASES[name], kind)
-    args = t.arguments(case)
-    said = t.complaint(case, args, norm_silu_conv(**args))
-    wrong += [f"{name} {kind}: {said}"] * bool(said)
-print(native.isa(), *wrong, sep="; ")
-"""
+def complaints():
+    for name, kind in EVERY[::3]:
+        case = taken(CASES[name], kind)
+        args = arguments(case)
+        if said := complaint(case, args, norm_silu_conv(**args)):
+            yield f"{name} {kind}: {said}"
 
 
 @needs_kernels
 @pytest.mark.parametrize("isa", ["v3", "base"])
 def test_other_instruction_sets(isa):
-    if isa not in native.cpu.isas:
-        pytest.skip(f"{isa} does not run here")
-    code = f"import sys; sys.path.append({str(ROOT)!r})" + FORCED
-    done = python("-c", code, FASTDIFF_ISA=isa, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa
+    nothing_wrong_on(isa, complaints)
 
 
 # gradients -----------------------------------------------------------------------------------------------------------
