@@ -14,6 +14,8 @@ import torch
 import fastdiff as fd
 from fastdiff.cli import COMMANDS, main, train as cli_train
 from fastdiff.files.images import read_meta, to_uint8
+from fastdiff.nn import PreparedUNet, own
+from fastdiff.ops import native
 from tests.process import python
 
 SHAPE = (1, 8, 8)
@@ -218,6 +220,28 @@ def test_the_default_is_ten_columns_of_digits(capsys: pytest.CaptureFixture[str]
     assert meta["label"] == [i % 10 for i in range(64)]
     assert meta["guidance"] == 2.0
     assert "samples.png: 64 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "winograd"),
+    [([], True), (["--exact"], False), (["--dtype", "bfloat16"], None), (["--backend", "reference"], None)],
+)
+def test_a_cpu_samples_from_a_prepared_network(
+    model: Path, args: list[str], winograd: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With convolutions of our own unless they are to be exact; winograd=None: with the network as it is."""
+    seen: list[fd.Denoiser] = []
+    call = fd.Sampler.__call__
+
+    def spy(fast: fd.Sampler, *given: object, **options: object) -> torch.Tensor:
+        seen.append(fast.den)
+        return call(fast, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fd.Sampler, "__call__", spy)
+    assert sample(model, "--n", "2", "--steps", "2", "--out", "a.npz", *args) == 0
+    (den,) = seen
+    assert type(den.net) is (fd.UNet if winograd is None else PreparedUNet)
+    assert own.has(getattr(den.net, "net", den.net)) == (bool(winograd) and native.missing() is None)
 
 
 # ---- mistakes
