@@ -6,18 +6,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import native
-from fastdiff.ops.tape import recording
+from fastdiff.ops.tape import empty, recording
 
 
 def run(qkv: Tensor, heads: int) -> Tensor:
     """`attention` by csrc/cpu/attention.cpp."""
     qkv = qkv.contiguous()
     n, tokens, channels = qkv.shape
-    tape = recording()
-    shape = (n, tokens, channels // 3)
-    y = torch.empty(shape, dtype=torch.float32, device="cpu") if tape is None else tape.empty(shape, torch.float32)
+    y = empty((n, tokens, channels // 3), torch.float32)
     call = (qkv.data_ptr(), y.data_ptr(), n, tokens, heads, channels // 3 // heads)
-    if tape is not None:
+    if (tape := recording()) is not None:
         tape.attention(call, qkv)
     native.cpu.attention(call, torch.get_num_threads())
     return y

@@ -39,7 +39,7 @@ def run(
     given = Given.of(x, x2, weight, bias, add, scale, shift)
     joined = *given.sizes[:2], *x.shape[2:]
     y = native.fresh_like(x, given.form) if x2 is None else native.fresh(joined, x.dtype, given.form)
-    stats = torch.empty(len(x), groups, 3, dtype=torch.float32)
+    stats = x.new_empty((len(x), groups, 3), dtype=torch.float32)
     native.cpu.group_norm(normed(given, groups, act), eps, y.data_ptr(), stats.data_ptr())
     return y, stats
 
@@ -65,7 +65,7 @@ def run_backward(
     given = Given.of(x, x2, weight, bias, add, scale, shift)
     dx = native.fresh_like(x, given.form)
     dx2 = x.new_empty(0) if x2 is None else native.fresh_like(x2, given.form)
-    sums = torch.empty((*given.sizes[:2], 3), dtype=torch.float32)
+    sums = x.new_empty((*given.sizes[:2], 3), dtype=torch.float32)
     tensors = (stats.contiguous(), given.like(dy), dx, dx2, sums)
     native.cpu.group_norm_backward(normed(given, groups, act), *(v.data_ptr() for v in tensors))
     return dx, dx2, sums

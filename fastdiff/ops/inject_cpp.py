@@ -40,7 +40,7 @@ def run_backward(
     """The gradient of x, and the sums over the pixels (N, C, 2) of dn and dn (x + add), n the SiLU's argument."""
     given = Given.of(x, None, None, None, add, scale, shift)
     dy, dx = given.like(dy), native.fresh_like(x, given.form)
-    sums = torch.empty((*x.shape[:2], 2), dtype=torch.float32)
+    sums = x.new_empty((*x.shape[:2], 2), dtype=torch.float32)
     native.cpu.inject_backward(normed(given, 1, act), dy.data_ptr(), dx.data_ptr(), sums.data_ptr())
     return dx, sums
 

@@ -115,8 +115,8 @@ LARGE = 32 << 20
 
 
 def fresh(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """An empty tensor. A large one is asked for in huge pages: its first touch costs more than most kernels do."""
-    return _in_huge_pages(torch.empty(shape, dtype=dtype, memory_format=layout))
+    """An empty tensor here. A large one is asked for in huge pages: its first touch costs more than most kernels do."""
+    return _in_huge_pages(torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout))
 
 
 def fresh_like(x: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Tensor:

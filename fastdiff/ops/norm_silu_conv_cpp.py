@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdiff.ops import native
 from fastdiff.ops.norm_silu_conv import result_shape
-from fastdiff.ops.tape import beside, recording
+from fastdiff.ops.tape import beside, empty, recording
 
 LAST = torch.channels_last
 POINTWISE, SAME, UPSAMPLED, STRIDED = range(4)
@@ -22,7 +22,7 @@ def measured(x: Tensor) -> Tensor:
 
     def measure(x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
-        out = torch.empty((n, channels, 2), dtype=torch.float64)
+        out = x.new_empty((n, channels, 2), dtype=torch.float64)
         native.cpu.moments(x.data_ptr(), n, height * width, channels, out.data_ptr(), torch.get_num_threads())
         return out
 
@@ -65,10 +65,8 @@ def run(
         moments = measured(x) if moments is None else moments
         moments2 = measured(x2) if moments2 is None and x2 is not None else moments2
     shape = result_shape(x, outputs, size, upsample=upsample, stride=stride, asymmetric=asymmetric)
-    tape = recording()
-    empty = torch.empty if tape is None else tape.empty
-    y = empty((shape[0], *shape[2:], outputs), dtype=torch.float32).permute(0, 3, 1, 2)
-    out = empty((n, outputs, 2) if measure else (0,), dtype=torch.float64)
+    y = empty((shape[0], *shape[2:], outputs), torch.float32).permute(0, 3, 1, 2)
+    out = empty((n, outputs, 2) if measure else (0,), torch.float64)
     kind = POINTWISE if size == 1 else STRIDED if stride == 2 else UPSAMPLED if upsample else SAME
     address, apart = native.address, native.apart
     call = (
@@ -79,7 +77,7 @@ def run(
         *(address(add), apart(add), address(residual), out.data_ptr() if measure else 0),
         *(stride, 0 if asymmetric else 1),
     )
-    if tape is not None:
+    if (tape := recording()) is not None:
         tape.conv(call, x, x2, scale, shift, add, residual, moments, moments2)
     native.cpu.conv(call, torch.get_num_threads())
     return y, out

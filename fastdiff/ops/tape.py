@@ -155,6 +155,12 @@ def recording() -> Tape | None:
     return tape
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A dense tensor on the CPU for what a kernel writes, of the tape where one is recorded."""
+    tape = recording()
+    return torch.empty(shape, dtype=dtype, device="cpu") if tape is None else tape.empty(shape, dtype)
+
+
 @contextlib.contextmanager
 def recording_on(tape: Tape) -> Iterator[None]:
     """Within the block kernels that this thread runs are recorded."""

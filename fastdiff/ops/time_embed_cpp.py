@@ -20,7 +20,7 @@ def run(
 ) -> Tensor:
     """`time_embed` with frequencies, angles, sines and cosines in float64, rounded to fp32 and then to dtype."""
     t = native.dense(t, torch.float32 if t.is_floating_point() else torch.int64)
-    e = torch.empty(len(t), dim, dtype=dtype or torch.float32)
+    e = t.new_empty((len(t), dim), dtype=dtype or torch.float32)
     native.cpu.time_embed(
         *(t.data_ptr(), t.dtype == torch.int64),
         *(max_period, shift, scale, flip),

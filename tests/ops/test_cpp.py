@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastdiff.ops import native, q_sample_cpp, step, step_cpp, time_embed_cpp
+from fastdiff import ops
+from fastdiff.ops import dispatch, native, philox, q_sample_cpp, step, step_cpp, time_embed_cpp
 from fastdiff.ops.q_sample import q_sample_ref
 from fastdiff.ops.time_embed import time_embed_ref
 from tests.ops.cases import Case, copied, inputs, run
@@ -192,3 +193,33 @@ def test_features_against_float64(name, dim, given):
 def test_features_of_times_that_are_no_numbers():
     got = time_embed_cpp.run(torch.tensor([math.nan, 1.0, math.inf, -math.inf]), 8)
     assert got.isnan().all(1).tolist() == [True, False, True, True]
+
+
+def results(x, x2, small, key):
+    """Of every op that makes a tensor, gradients too."""
+    add = small[:8]
+
+    def normed_and_injected(x):
+        joined = ops.group_norm_silu(x, 4, None, None, x2=x2, add=small)
+        return joined, ops.group_norm_silu(x, 4, None, None), ops.inject(x, add=add, act=True)
+
+    leaf = x.clone().requires_grad_()
+    return [
+        *normed_and_injected(x),
+        *(torch.autograd.grad(y, leaf, y.detach())[0] for y in normed_and_injected(leaf)),
+        ops.norm_silu_conv(x, x.flatten()[:576].view(4, 16, 3, 3), x2=x2, groups=4, add=add[:4]),
+        ops.attention(x.flatten(2), 4),
+        ops.time_embed(small, 8),
+        ops.normal(*key, 0, 1, (3, 5)),
+        *ops.q_sample(x, key[1], small.view(8, 2), noise=x2, eps=True),
+    ]
+
+
+def test_results_lie_on_the_cpu_wherever_new_tensors_would():
+    x, x2 = torch.randn(2, 2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    given = (x, x2, torch.linspace(0.1, 1, 16), (philox.seed_tensor(3), torch.arange(2)))
+    with dispatch.backend("cpp"):
+        wanted = results(*given)
+        with torch.device("meta"):
+            got = results(*given)
+    assert all(map(torch.equal, got, wanted))
