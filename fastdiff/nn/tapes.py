@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastdiff.ops import dispatch, library
+from fastdiff.ops import dispatch, library, native
 from fastdiff.ops.tape import NotRecorded, Tape, recording_on
 
 KEPT = 4
@@ -89,6 +89,8 @@ def _plain(x: Tensor, row: Tensor) -> bool:
         and x.numel() > 0
         and dispatch.asked() in ("auto", "cpp")
         and not torch.is_autocast_enabled("cpu")
-        # float32, on a CPU, and in no transform of torch.func, whose tensors are none that could be copied to a tape
-        and all(dispatch.reason("attention", "cpp", v, 1) is None for v in (x, row))
+        # tensors of a transform are none that could be copied to a tape
+        and not dispatch.transforms()
+        and x.dtype is row.dtype is torch.float32
+        and native.refuses(x, row) is None
     )

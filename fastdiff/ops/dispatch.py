@@ -80,9 +80,14 @@ def _transformed(name: str) -> str | None:
     """Kernels have one derivative, the backward one, and no rule for a batch of calls."""
     if name == "reference" or torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if transforms():
         return "inside torch.func transforms and forward-mode derivatives only the reference runs"
     return None
+
+
+def transforms() -> bool:
+    """Whether a transform of torch.func or a forward-mode derivative is at work."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def asked() -> str:
