@@ -2,7 +2,7 @@
 
 A C++ mutant is built by compiling the one file it touches, for one instruction set, and linking it with the others; a
 Triton mutant is a copy of its module run in the interpreter. A process forks for each, so that the oracle's answers are
-computed once and a crash ends nothing but its mutant.
+computed once and a crash ends nothing but its mutant. Two are compiled, and two judged, at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ FLAGS = ("-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-O0", "-ffp-
 
 
 UNCHANGED = "unchanged"
+TOGETHER = 2
+"""Processes at a time: compilers first, then judges."""
 
 
 class Judged(NamedTuple):
@@ -68,11 +72,11 @@ class Builder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.objects = {path.stem: folder / f"{path.stem}.o" for path in sorted((ROOT / "csrc/cpu").glob("*.cpp"))}
-        for stem, target in self.objects.items():
-            _compile(ROOT / f"csrc/cpu/{stem}.cpp", target)
-        self.objects["bind_cpu"] = folder / "bind_cpu.o"
-        _compile(ROOT / "csrc/bind_cpu.cpp", self.objects["bind_cpu"])
+        # the longest first
+        sources = [ROOT / "csrc/bind_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+        self.objects = {path.stem: folder / f"{path.stem}.o" for path in sources}
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            list(pool.map(_compile, sources, self.objects.values()))
 
     def mutant(self, mutant: Mutant, number: int) -> Path:
         """The library with one file changed; of a header, with `mutant.unit` alone compiled anew."""
@@ -116,22 +120,28 @@ def _noticed(names: Iterable[str], backend: str, every: int, answers: dict[tuple
     return None
 
 
-def judge(path: Path, file: str, names: Iterable[str], every: int, answers: dict[tuple[str, int], Known]) -> str:
-    """In a process of its own: what the first cell that notices the bug says, or "survived"."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            said = _noticed(names, _use(path, file), every, answers) or "survived"
-        except BaseException as error:
-            said = f"raised {error!r}"
-        os.write(writing, said.encode()[:2000])
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode(errors="replace")
-    _, status = os.waitpid(child, 0)
-    return said if os.WIFEXITED(status) else f"died of signal {os.WTERMSIG(status)}"
+class Judge:
+    """A process of its own: what the first cell that notices the bug says, or "survived"."""
+
+    def __init__(
+        self, path: Path, file: str, names: Iterable[str], every: int, answers: dict[tuple[str, int], Known]
+    ) -> None:
+        self.pipe, writing = os.pipe()
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                said = _noticed(names, _use(path, file), every, answers) or "survived"
+            except BaseException as error:
+                said = f"raised {error!r}"
+            os.write(writing, said.encode()[:2000])
+            os._exit(0)
+        os.close(writing)
+
+    def says(self) -> str:
+        with os.fdopen(self.pipe, "rb") as pipe:
+            said = pipe.read().decode(errors="replace")
+        _, status = os.waitpid(self.child, 0)
+        return said if os.WIFEXITED(status) else f"died of signal {os.WTERMSIG(status)}"
 
 
 def answered(names: Iterable[str], every: int) -> dict[tuple[str, int], Known]:
@@ -148,14 +158,21 @@ def _all(mutants: Iterable[Mutant]) -> list[str]:
 
 
 def _judged(mutants: list[Mutant], build: Callable[[Mutant, int], Path], every: int) -> Iterator[Judged]:
-    answers = answered(_all(mutants), every)
-    for number, mutant in enumerate(mutants):
-        try:
-            path = build(mutant, number)
-        except LookupError as error:
+    # all are built before the first process forks: threads would be missing in it
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        built = [pool.submit(build, mutant, number) for number, mutant in enumerate(mutants)]
+        answers = answered(_all(mutants), every)
+    waiting: deque[tuple[str, Judge]] = deque()
+    for mutant, made in zip(mutants, built, strict=True):
+        if isinstance(error := made.exception(), LookupError):
             yield Judged(mutant.name, f"not planted: {error}")
             continue
-        yield Judged(mutant.name, judge(path, mutant.file, mutant.cells, every, answers))
+        waiting.append((mutant.name, Judge(made.result(), mutant.file, mutant.cells, every, answers)))
+        if len(waiting) == TOGETHER:
+            name, first = waiting.popleft()
+            yield Judged(name, first.says())
+    for name, last in waiting:
+        yield Judged(name, last.says())
 
 
 def cpp(mutants: list[Mutant], folder: Path) -> Iterator[Judged]:

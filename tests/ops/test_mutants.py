@@ -1,6 +1,6 @@
 """Bugs planted in the kernels' sources are caught by the cells.
 
-CI plants some of them (about two minutes on one core); `pytest tests/ops/test_mutants.py -m slow` plants all.
+CI plants some of them (half a minute on two cores); `pytest tests/ops/test_mutants.py -m slow` plants all.
 """
 
 import subprocess
