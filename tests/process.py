@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def environment(home: Path = HOME, **variables: str) -> dict[str, str]:
     """This process's, without its FASTDIFF_ variables, with the package at `home`."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("FASTDIFF_")}
     return plain | {"PYTHONPATH": str(home)} | variables
+
+
+def together(*commands: Sequence[str], seconds: float, **variables: str) -> list[subprocess.CompletedProcess[str]]:
+    """Commands that run beside one another, one core each, and what they printed; variables as in `python`."""
+
+    def one(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        own = environment(**{"OMP_NUM_THREADS": "1"} | variables)
+        return subprocess.run(command, env=own, capture_output=True, text=True, timeout=seconds, check=False)
+
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(one, commands))
 
 
 def python(*args: str, home: Path = HOME, **variables: str) -> subprocess.CompletedProcess[str]:

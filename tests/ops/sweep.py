@@ -37,14 +37,14 @@ def empty(args: Args) -> bool:
     return any(args[k].numel() == 0 for k in ("x", "x0", "t") if k in args)
 
 
-def main(backend: str, every: int) -> None:
+def main(backend: str, every: int, first: int = 0) -> None:
     """Every so many-th cell of each op that has such a kernel; prints what is wrong, and how many cells have run."""
     torch.set_num_threads(1)
     wrong = 0
     for name, what in DESCRIPTIONS.items():
         if not runs(what, backend):
             continue
-        chosen = cells_of(name)[::every]
+        chosen = cells_of(name)[first::every]
         for cell in chosen:
             for line in complaints(what, cell, backend):
                 print(f"{name}: {describe.named(cell)}: {line}", flush=True)
