@@ -96,7 +96,19 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize(("name", "target"), [(name, t) for name, kernel in KERNELS.items() for t in kernel.targets])
+def often(name, target):
+    """Each kernel for one device, those for every device for two, and step_ for every device."""
+    return name == "step_" or target == "sm_90" or (target in FEW and KERNELS[name].targets == EVERY)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        pytest.param(name, t, marks=() if often(name, t) else pytest.mark.slow)
+        for name, kernel in KERNELS.items()
+        for t in kernel.targets
+    ],
+)
 def test_compiles_to_what_it_should(name, target):
     kernel = KERNELS[name]
     (launch,) = kernel.launch()
