@@ -25,6 +25,7 @@ from tests.ops.test_group_norm_cpp import CASES as NORMS, NAMES, Case, arguments
 from tests.ops.test_step import allowed, error, written_out
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels"),
     # the first test compiles them: 25 s alone, minutes beside others
     pytest.mark.timeout(600),

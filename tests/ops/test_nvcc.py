@@ -4,6 +4,8 @@ bytes at a time, and stays within its budget of instructions. Registers and coun
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
@@ -25,8 +27,9 @@ pytestmark = [
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
 def kernels(request, tmp_path_factory):
     """By source, in mangled names."""
-    folder = tmp_path_factory.mktemp("cubin")
-    return {source.stem: sass.compiled(source, request.param, folder) for source in SOURCES}
+    one = partial(sass.compiled, arch=request.param, folder=tmp_path_factory.mktemp("cubin"))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((source.stem for source in SOURCES), pool.map(one, SOURCES), strict=True))
 
 
 def named(kernels, source, *parts):
