@@ -16,9 +16,11 @@ from fastdiff.sampling.sampler import Sampler
 
 diffusers = pytest.importorskip("diffusers")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-# its schedulers call NumPy in a way that NumPy 2 warns of
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # its schedulers call NumPy in a way that NumPy 2 warns of
+    pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning"),
+]
 
 DOWN, ATTN_DOWN, RES_DOWN = "DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"
 UP, ATTN_UP, RES_UP = "UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"
