@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -26,6 +27,12 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 NAMES = [name for name, on in Tactics()._asdict().items() if on]
 TACTICS = {"all": Tactics(), "none": Tactics(**dict.fromkeys(NAMES, False))}
 TACTICS |= {name: TACTICS["none"]._replace(**{name: True}) for name in NAMES}
+# each tactic alone on every third kind, all and none on every one; the rest is slow
+GRID = [
+    pytest.param(kind, tactics, marks=() if tactics in ("all", "none") or (i + j) % 3 == 0 else pytest.mark.slow)
+    for i, kind in enumerate(KINDS)
+    for j, tactics in enumerate(TACTICS)
+]
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32) -> UNet:

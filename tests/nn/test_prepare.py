@@ -8,14 +8,13 @@ import torch
 
 from fastdiff.nn.prepare import PreparedUNet, Tactics, prepare
 from fastdiff.nn.unet import UNet
-from tests.nn.prepared import KINDS, TACTICS, inputs, make
+from tests.nn.prepared import GRID, TACTICS, inputs, make
 from tests.nn.test_unet import draw, far, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("tactics", TACTICS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "tactics"), GRID)
 def test_the_numbers_of_the_net(kind: str, tactics: str) -> None:
     for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         net, (x, t, cond) = make(kind, dtype), inputs(kind, dtype)
@@ -28,9 +27,8 @@ def test_the_numbers_of_the_net(kind: str, tactics: str) -> None:
             assert far(fast(x[:1], None, table_row=line), want[:1]) <= bound
 
 
-@pytest.mark.parametrize("tactics", TACTICS)
 # torch's mean of volumes knows no bfloat16 on CPUs
-@pytest.mark.parametrize("kind", [k for k in KINDS if k != "adm volume"])
+@pytest.mark.parametrize(("kind", "tactics"), [p for p in GRID if p.values[0] != "adm volume"])
 def test_rounding_is_no_worse_in_bfloat16(kind: str, tactics: str) -> None:
     net, (x, t, cond) = make(kind), inputs(kind)
     if cond is not None and cond.is_floating_point():

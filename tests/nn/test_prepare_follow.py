@@ -65,8 +65,14 @@ def addresses(fast: PreparedUNet) -> list[int]:
     return [p.data_ptr() for p in fast.parameters()]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["ddpm", "adm"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        pytest.param(kind, change, marks=pytest.mark.slow if (i + j) % 2 else ())
+        for i, kind in enumerate(("ddpm", "adm"))
+        for j, change in enumerate(CHANGES)
+    ],
+)
 def test_it_follows(kind: str, change: object) -> None:
     net, (x, t, cond) = make(kind, torch.float64), inputs(kind, torch.float64)
     every = [prepare(net, tactics=tactics) for tactics in TACTICS.values()]
