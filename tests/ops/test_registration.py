@@ -112,7 +112,10 @@ def test_a_wrong_fake_is_seen():
     assert unlike([x], [])
 
 
-def checked(func, args, kwargs):
+QUICK = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def checked(func, args, kwargs, utils):
     """opcheck with fresh inputs; those that are floats require grad where the op is differentiable."""
     differentiable = not func._schema.is_mutable and "backward" not in str(func)
     fresh = [v.detach().clone() if isinstance(v, Tensor) else v for v in args]
@@ -120,18 +123,23 @@ def checked(func, args, kwargs):
         for v in fresh:
             if isinstance(v, Tensor) and v.is_floating_point() and v.dtype != torch.float16 and v.ndim != 2:
                 v.requires_grad_()
-    torch.library.opcheck(func, tuple(fresh), kwargs)
+    torch.library.opcheck(func, tuple(fresh), kwargs, test_utils=utils)
 
 
 @needs_kernels
-def test_opcheck():
-    """On cells with and without options, of several layouts; the backward ops by the calls of the gradients."""
+@pytest.mark.parametrize("traced", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_opcheck(traced):
+    """On cells with and without options, of several layouts; the backward ops by the calls of the gradients.
+
+    So many calls of each op are also traced as torch.compile does, which takes ten times as long as the rest.
+    """
     done = {}
     for name in (name for name in DESCRIPTIONS if sweep.runs(DESCRIPTIONS[name], BACKEND)):
         for cell in list(filter(_checkable, cells_of(name)))[:3]:
             for func, args, kwargs in calls(name, cell).found:
                 if done.setdefault(str(func), 0) < 3:
-                    checked(func, args, kwargs)
+                    traces = done[str(func)] < traced
+                    checked(func, args, kwargs, (*QUICK, "test_aot_dispatch_dynamic") if traces else QUICK)
                     done[str(func)] += 1
     every = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastdiff::") and n.endswith(BACKEND)]
     assert set(done) == {n.replace("::", ".") + ".default" for n in every}

@@ -1,4 +1,4 @@
-"""Each op 250 times, forward and backward: bit-equal, on one thread and two; an image's result is its own."""
+"""Each op 50 times (slow: 250), forward and backward: bit-equal on one thread and two; images are on their own."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from fastdiff.ops import dispatch
 from tests.ops import describe, sweep
 from tests.ops.describe_all import DESCRIPTIONS, cells_of
 
-REPEATS = 250
+REPEATS = (50, pytest.param(250, marks=pytest.mark.slow))
 BACKENDS = [b for b in ("cpp", "triton", "cuda") if dispatch.reason("q_sample", b) is None]
 
 
@@ -45,7 +45,8 @@ def bits(got):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", DESCRIPTIONS)
-def test_repeats_are_bit_equal(name, layout, backend, threads):
+@pytest.mark.parametrize("repeats", REPEATS)
+def test_repeats_are_bit_equal(name, layout, backend, repeats, threads):
     what = DESCRIPTIONS[name]
     cell = large(name)
     if not sweep.runs(what, backend) or ("layout" not in cell and layout == "channels_last"):
@@ -54,7 +55,7 @@ def test_repeats_are_bit_equal(name, layout, backend, threads):
     with dispatch.backend(backend):
         threads(1)
         wanted = bits(what.call(args))
-        for repeat in range(REPEATS):
+        for repeat in range(repeats):
             threads(1 + repeat % 2)
             assert all(same(a, b) for a, b in zip(wanted, what.call(args).values(), strict=True)), repeat
 
