@@ -119,5 +119,7 @@ def test_import_time():
         "import torch, numpy, time; s = time.perf_counter(); import fastdiff as fd; "
         "[getattr(fd, n) for n in fd.__all__]; print(time.perf_counter() - s)"
     )
-    seconds = [float(python("-c", code).stdout) for _ in range(3)]
+    seconds: list[float] = []
+    while len(seconds) < 3 and min(seconds, default=1.0) > 0.2:
+        seconds.append(float(python("-c", code).stdout))
     assert min(seconds) <= 0.2, seconds
