@@ -360,6 +360,7 @@ def test_memory_of_a_process_of_its_own(monkeypatch):
 
 
 @needs_cpp
+@pytest.mark.slow
 def test_a_row_that_is_held_to_avx2():
     from benchmarks import forced
     from benchmarks.process import command

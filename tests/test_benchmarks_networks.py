@@ -233,7 +233,7 @@ def command(*args, **variables):
     )
 
 
-@pytest.mark.parametrize("section", ["unet", "sampler"])
+@pytest.mark.parametrize("section", [pytest.param("unet", marks=pytest.mark.slow), "sampler"])
 def test_a_quick_report_on_a_cpu(section, tmp_path, monkeypatch):
     from benchmarks import run
 
