@@ -234,7 +234,7 @@ CPP = [
     Mutant("first output's weights for all of a few", "csrc/cpu/conv_spread.h",
            "(c * 9 + tap) * PANEL + o]", "(c * 9 + tap) * PANEL]", CONV, "conv"),
     Mutant("a repeated line met too late", "csrc/cpu/conv_spread.h",
-           "return i + tap - 1 < 0 ? -1 : (i + tap - 1) / 2", "return i + tap - 1 < 0 ? -1 : (i + tap) / 2", CONV, "conv"),
+           "-1 : (i + tap - 1) / 2", "-1 : (i + tap) / 2", CONV, "conv"),
     Mutant("last column never met", "csrc/cpu/conv_spread.h",
            "x < 0 || x >= width)", "x < 0 || x >= width - 1)", CONV, "conv"),
     Mutant("moments of the first run", "csrc/cpu/conv.cpp",
