@@ -48,9 +48,11 @@ struct Front {
     }
 };
 
-// The moments of the results from those of the `each` chunks of an image, (chunks, C, 2)
+// The moments of the results from those of the `each` chunks of an image, (chunks, C, 2), where they are asked for
 template <typename Plan>
 void join(const Conv& call, const Plan& plan, int64_t each, const double* partial, const Team& team) {
+    if (!partial) return;
+    team.wait();
     const int64_t channels = call.out.channels;
     for (int64_t n = team.thread; n < call.in.images; n += team.threads) {
         double *out = call.out.moments + n * channels * 2, before = 0;

@@ -128,8 +128,7 @@ inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& 
                         partial ? partial + i * call.out.channels * 2 : nullptr);
         }
     });
-    team.wait();
-    if (partial) join(call, plan, plan.each, partial, team);
+    join(call, plan, plan.each, partial, team);
 }
 
 }  // namespace

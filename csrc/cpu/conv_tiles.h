@@ -49,8 +49,7 @@ struct Tiling {
         const int64_t each = larger(1, rows * columns), tiles = GROUP_FLOATS / larger(1, points * call.in.channels);
         part = larger(1, PART_TILES / each);
         blocks = divided(call.in.channels, DEPTH);
-        // sums of blocks wait for each other, and have room for one part
-        group = smaller(chunks, blocks > 1 ? part : larger(1, tiles / each / part) * part);
+        group = smaller(chunks, larger(1, tiles / each / part) * part);
     }
 
     // tiles before chunk i; a chunk that is no whole rows of an image is a part of one
@@ -265,6 +264,7 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
     const int64_t panels = divided(call.out.channels, PANEL), depth = call.in.channels;
     for (int64_t begin = 0; begin < plan.chunks; begin += plan.group) {
         const int64_t count = smaller(plan.group, plan.chunks - begin);
+        if (begin) team.wait();
         const auto behind = [&](int64_t chunk) { return plan.tile(begin + chunk) - plan.tile(begin); };
         team.share(lanes_of(call.in), count, [&](int64_t lane, int64_t first, int64_t end) {
             transform_input<UP>(call, plan, room, numbers, lane, begin + first, begin + end,
@@ -274,18 +274,21 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
         // of the weights: as much as one block, the next of which lies behind it
         const int64_t ahead = divided(depth, plan.blocks) * 9 * PANEL;
         const int64_t soon = smaller(plan.points, 3 + 180 / (behind(smaller(plan.part, count)) + 1));
-        team.share(panels, divided(count, plan.part), [&](int64_t panel, int64_t first, int64_t end) {
+        // sums of blocks wait for each other, and have room for one part
+        const int64_t parts = divided(count, plan.part), at_once = plan.blocks > 1 ? 1 : parts;
+        team.share(panels * parts / at_once, at_once, [&](int64_t task, int64_t first, int64_t end) {
+            const int64_t panel = task * at_once / parts, before = task * at_once % parts;
             const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
             for (int64_t block = 0; block < plan.blocks; ++block) {
                 const int64_t low = depth * block / plan.blocks, high = depth * (block + 1) / plan.blocks;
                 const float* weight = call.weight + (panel * depth + low) * 9 * PANEL;
                 transform_weight<UP>(room, weight, high - low, columns, u);
-                for (int64_t part = first; part < end; ++part) {
+                for (int64_t part = before + first; part < before + end; ++part) {
                     const int64_t at = part * plan.part, chunks = smaller(plan.part, count - at);
                     const int64_t tiles = behind(at + chunks) - behind(at);
                     for (int64_t p = 0; p < plan.points; ++p) {
                         // late, or what passes by meanwhile throws it out; early enough for a few tiles
-                        if (part + 1 == end && p + soon >= plan.points)
+                        if (part + 1 == before + end && p + soon >= plan.points)
                             fetch(weight + ahead, ahead, p + soon - plan.points, soon);
                         product(v + p * room.v_point + behind(at) * room.v_tile + low, room.v_tile, tiles,
                                 u + p * room.u_point, PANEL, high - low, m + p * room.m_point, block > 0, columns);
@@ -299,9 +302,8 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
                 }
             }
         });
-        team.wait();
     }
-    if (partial) join(call, plan, plan.down * plan.across, partial, team);
+    join(call, plan, plan.down * plan.across, partial, team);
 }
 
 }  // namespace

@@ -190,6 +190,34 @@ def test_memory_is_used_again():
     assert int((~chunk.isnan()).nonzero().max()) * 8 <= 7 * x.nbytes
 
 
+def test_kernels_of_one_region_wait_for_each_other():
+    """What a thread reads, another one may have written a kernel before."""
+    torch.set_num_threads(4)
+    layers = [pack(drawn(96, 32, 1, 1, seed=seed)) for seed in range(12)]
+
+    def through(y):
+        for layer in layers:
+            qkv = convolved(y, layer, None)[0].permute(0, 2, 3, 1).flatten(1, 2)
+            y = attention(qkv, 2).view(1, 5, 6, 32).permute(0, 3, 1, 2)
+        return y
+
+    tape = Tape()
+    x = tape.empty((1, 5, 6, 32), torch.float32).permute(0, 3, 1, 2)
+    x.copy_(drawn(1, 32, 5, 6))
+    with recording_on(tape):
+        y = through(x)
+    for seed in range(100):
+        given = drawn(1, 32, 5, 6, seed=seed).contiguous(memory_format=torch.channels_last)
+        x.copy_(given)
+        tape.play()
+        assert torch.equal(y, through(given)), seed
+
+
+def test_a_tape_has_no_kernels_behind_its_end():
+    with pytest.raises(IndexError, match="no such kernels"):
+        native.cpu.Tape().play(0, 1, 1)
+
+
 def test_kernels_side_by_side_are_one_step():
     tape, *_ = record(*inputs())
     kinds = [isinstance(step, tuple) for step in tape._steps]
