@@ -34,7 +34,7 @@ from benchmarks.machine import machine  # noqa: E402
 from benchmarks.timing import LAUNCHES, copy_bandwidth, interleaved, launch, ratio  # noqa: E402
 
 SECTIONS = {
-    "ops": ("bench_q_sample", "bench_step", "bench_time_embed", "bench_group_norm_silu"),
+    "ops": ("bench_q_sample", "bench_step", "bench_time_embed", "bench_group_norm_silu", "bench_norm_silu_conv"),
     "unet": ("bench_unet", "bench_patch"),
     "sampler": ("bench_sampler",),
 }

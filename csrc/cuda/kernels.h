@@ -49,7 +49,7 @@ struct Step {
 // a number a channel, or one an image and channel
 struct PerChannel {
     const float* data;  // may be null
-    int64_t image;      // 0, or the channels
+    int64_t image;      // from one image to the next; 0: one for all
 };
 
 // see fastdiff/ops/group_norm_silu.py and inject.py; tensors are dense, channels_last where it says so
