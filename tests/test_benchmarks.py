@@ -47,7 +47,7 @@ def test_the_report_runs_without_diffusers_and_tyro(tmp_path):
         for name, ratio in case["ratio"].items():
             pairs = sorted(a / b for a, b in zip(rounds[name], rounds[ours], strict=True))
             assert ratio == pairs[1]
-        assert case["best_rival"] == min(case["ratio"].values())
+        assert case["best_rival"] == min(r for name, r in case["ratio"].items() if name not in case["also"])
         if case["title"].startswith(("q_sample", "step_")):
             assert case["difference"] <= 2e-6
             assert any("diffusers" in name for name in case["skipped"])

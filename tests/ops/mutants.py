@@ -79,13 +79,15 @@ class Builder:
             list(pool.map(_compile, sources, self.objects.values()))
 
     def mutant(self, mutant: Mutant, number: int) -> Path:
-        """The library with one file changed; of a header, with `mutant.unit` alone compiled anew."""
+        """The library with one file changed; of a header, with the sources of `mutant.unit` alone compiled anew."""
         home = self.folder / str(number)
         shutil.copytree(ROOT / "csrc", home / "csrc", ignore=shutil.ignore_patterns("cuda"))
         (home / mutant.file).write_text(planted(mutant))
-        stem = mutant.unit or Path(mutant.file).stem
-        _compile(home / f"csrc/cpu/{stem}.cpp", home / f"{stem}.o")
-        return _link([*(p for s, p in self.objects.items() if s != stem), home / f"{stem}.o"], home / "_cpu.so")
+        objects = dict(self.objects)
+        for stem in (mutant.unit or Path(mutant.file).stem).split():
+            objects[stem] = home / f"{stem}.o"
+            _compile(home / f"csrc/cpu/{stem}.cpp", objects[stem])
+        return _link(objects.values(), home / "_cpu.so")
 
 
 def _module(name: str, path: Path) -> object:

@@ -11,7 +11,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     cells: tuple[str, ...]  # the descriptions that should notice
-    unit: str = ""  # the source to compile for a changed header
+    unit: str = ""  # the sources to compile for a changed header, by their stems
 
 
 Q, STEP = ("q_sample",), ("step_",)
@@ -221,7 +221,7 @@ CPP = [
            "(owner + 1) / threads - first;", "(owner + 1) / threads - first - (owner == 1);", CONV, "conv"),
     Mutant("a share begins where the last one ended", "csrc/cpu/team.h",
            "for (int i = 0; i < threads; ++i) __atomic_store_n(&gate->begun",
-           "for (int i = 1; i < threads; ++i) __atomic_store_n(&gate->begun", CONV, "conv"),
+           "for (int i = 1; i < threads; ++i) __atomic_store_n(&gate->begun", CONV, "attention conv play"),
     Mutant("a share of rows overlooked", "csrc/cpu/team.h",
            "rows * (i % cuts + 1) / cuts)", "rows * (i % cuts + 1) / cuts - (i % cuts + 1 < cuts))", CONV, "conv"),
     Mutant("a zero in front of an asymmetric image", "csrc/cpu/conv_rows.h",
@@ -258,7 +258,7 @@ CPP = [
     Mutant("values of the first head", "csrc/cpu/attention.cpp",
            "values + task / lay.parts * lay.copied : h.v", "values : h.v", ATTEND),
     Mutant("sums of sums begun again", "csrc/cpu/product.h",
-           "line, more || low)", "line, more)", ATTEND),
+           "line, more || low)", "line, more)", ATTEND, "attention"),
 ]  # fmt: skip
 
 TRITON = [
