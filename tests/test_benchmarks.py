@@ -55,7 +55,7 @@ def test_the_report_runs_without_diffusers_and_tyro(tmp_path):
     assert "not there: No module named diffusers" in text
     assert text.count("### ") == len(record["cases"])
     measured = {case["title"].split()[0] for case in record["cases"]}
-    assert measured == {"q_sample", "step_", "time_embed", "group_norm_silu"}
+    assert measured == {"q_sample", "step_", "time_embed", "group_norm_silu", "norm_silu_conv"}
 
 
 @pytest.fixture
