@@ -25,7 +25,7 @@ struct Layout {
         keys_of = keys * call.depth;
         copied = wide == call.depth ? 0 : call.tokens * wide;
         values = heads * keys_of, own = values + heads * copied;
-        each = divided(queries * (keys + PANEL + LANES), 16) * 16;
+        each = padded(queries * (keys + PANEL + LANES));
         bytes = (own + threads * each) * 4;
     }
 };

@@ -8,9 +8,6 @@ namespace fastdiff {
 namespace FASTDIFF_ISA_NS {
 namespace {
 
-// so many floats and what is left of a line of the cache
-inline int64_t padded(int64_t floats) { return divided(floats, 16) * 16; }
-
 // pixels of the result along an axis of n
 inline int64_t result_size(const Conv& call, int64_t n) {
     if (call.kind == POINTWISE) return n;
@@ -18,11 +15,33 @@ inline int64_t result_size(const Conv& call, int64_t n) {
     return ((n << (call.kind == UPSAMPLED)) + 1 - 3 + (call.before ? 1 : 0)) / call.stride + 1;
 }
 
-// bias + add of an image, LANES channels of it
-inline F32 base_of(const Sum& out, int64_t image, int64_t channel, int count) {
-    const F32 base = out.bias ? read(out.bias + channel, count) : F32{};
-    return out.add.data ? base + read(out.add.data + image * out.add.image + channel, count) : base;
-}
+// LANES channels of the result of one image: what is added to them, and the moments of what is written.
+struct Writer {
+    const Sum& out;
+    int64_t channel;
+    int count;
+    double* partial;  // of a chunk (C, 2), or null
+    F32 base;         // bias + add
+    Moments moments;
+
+    Writer(const Sum& out, int64_t image, int64_t channel, double* partial)
+        : out(out), channel(channel), count((int)smaller(LANES, out.channels - channel)), partial(partial), base() {
+        if (out.bias) base = read(out.bias + channel, count);
+        if (out.add.data) base += read(out.add.data + image * out.add.image + channel, count);
+    }
+
+    // pixel of all images; v: with the base in it
+    FASTDIFF_INLINE void put(int64_t pixel, F32 v) {
+        const int64_t at = pixel * out.channels + channel;
+        if (out.residual) v += read(out.residual + at, count);
+        if (partial) moments.add(v);
+        write(out.y + at, v, count);
+    }
+
+    void finish() const {
+        if (partial) moments.finish(partial + 2 * channel, count);
+    }
+};
 
 // The first of a call's room: the numbers of its norm, and the moments of each chunk (chunks, C, 2).
 struct Front {

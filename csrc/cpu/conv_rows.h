@@ -86,19 +86,10 @@ inline void multiply(const Conv& call, const float* normed, int64_t first, int64
 
 // y of one chunk from its products m, LANES channels of it, and their moments
 inline void put(const Conv& call, const Lines& plan, int64_t chunk, int64_t channel, const float* m, double* partial) {
-    const Sum& out = call.out;
-    const int count = (int)smaller(LANES, out.channels - channel);
-    const int64_t pixels = plan.pixels(chunk), first = plan.before(chunk) * out.channels + channel;
-    const F32 base = base_of(out, chunk / plan.each, channel, count);
-    Moments moments;
-    for (int64_t i = 0; i < pixels; ++i) {
-        const int64_t at = first + i * out.channels;
-        F32 v = load(m + i * PANEL) + base;
-        if (out.residual) v += read(out.residual + at, count);
-        if (partial) moments.add(v);
-        write(out.y + at, v, count);
-    }
-    if (partial) moments.finish(partial + 2 * channel, count);
+    Writer writer(call.out, chunk / plan.each, channel, partial);
+    const int64_t first = plan.before(chunk);
+    for (int64_t i = 0; i < plan.pixels(chunk); ++i) writer.put(first + i, load(m + i * PANEL) + writer.base);
+    writer.finish();
 }
 
 inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& room, char* memory,

@@ -64,25 +64,19 @@ inline void spread_weights(const Conv& call, const Spread& plan, float* b) {
 // y of a chunk from the products m of the lines from `top` on, LANES channels of it, and their moments
 inline void sum_up(const Conv& call, const Spread& plan, int64_t chunk, int64_t top, int64_t channel, const float* m,
                    double* partial) {
-    const Sum& out = call.out;
-    const int count = (int)smaller(LANES, out.channels - channel);
     const int64_t n = chunk / plan.each, first = chunk % plan.each * plan.lines, width = call.in.width;
-    const F32 base = base_of(out, n, channel, count);
-    Moments moments;
+    Writer writer(call.out, n, channel, partial);
     for (int64_t i = 0; i < plan.pixels(chunk); ++i) {
         const int64_t line = first + i / plan.width, column = i % plan.width;
-        F32 v = base;
+        F32 v = writer.base;
         for (int64_t tap = 0; tap < 9; ++tap) {
             const int64_t y = met(call, line, tap / 3), x = met(call, column, tap % 3);
             if (y < 0 || y >= call.in.height || x < 0 || x >= width) continue;
-            v += load(m + ((y - top) * width + x) * plan.line + tap * out.channels + channel);
+            v += load(m + ((y - top) * width + x) * plan.line + tap * call.out.channels + channel);
         }
-        const int64_t at = ((n * plan.height + line) * plan.width + column) * out.channels + channel;
-        if (out.residual) v += read(out.residual + at, count);
-        if (partial) moments.add(v);
-        write(out.y + at, v, count);
+        writer.put((n * plan.height + line) * plan.width + column, v);
     }
-    if (partial) moments.finish(partial + 2 * channel, count);
+    writer.finish();
 }
 
 inline void convolve_spread(const Conv& call, const Spread& plan, const SpreadRoom& room, char* memory,

@@ -39,7 +39,7 @@ struct Tiling {
     bool up;
 
     explicit Tiling(const Conv& call) : up(call.kind == UPSAMPLED) {
-        height = call.in.height << up, width = call.in.width << up;
+        height = result_size(call, call.in.height), width = result_size(call, call.in.width);
         tall = divided(height, TILE_OUT), wide = divided(width, TILE_OUT);
         across = divided(wide, CHUNK_TILES), columns = divided(wide, larger(across, 1));
         rows = larger(1, smaller(tall, CHUNK_TILES / larger(columns, 1)));
@@ -79,7 +79,7 @@ struct TileRoom {
     int64_t own, own_u;                 // floats of one thread, of its weights among them
 
     TileRoom(const Conv& call, const Tiling& p, int threads) : front(call, p.chunks) {
-        v_tile = divided(call.in.channels, 16) * 16 + APART;
+        v_tile = padded(call.in.channels) + APART;
         v_point = p.group * p.rows * p.columns * v_tile + APART;
         u_point = divided(call.in.channels, larger(1, p.blocks)) * PANEL + APART;
         m_point = p.part * p.rows * p.columns * PANEL + APART;
@@ -198,9 +198,7 @@ template <bool UP>
 void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room, const Chunk& chunk, int64_t channel,
                       const float* m, double* partial) {
     const Sum& out = call.out;
-    const int count = (int)smaller(LANES, out.channels - channel);
-    const F32 base = base_of(out, chunk.image, channel, count);
-    Moments moments;
+    Writer writer(out, chunk.image, channel, partial);
     for (int64_t i = 0; i < chunk.rows; ++i)
         for (int64_t j = 0; j < chunk.columns; ++j, m += PANEL) {
             const float* from = m;
@@ -218,10 +216,10 @@ void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room
             }
             const int64_t y = (chunk.row + i) * TILE_OUT, x = (chunk.column + j) * TILE_OUT;
             const int64_t rows = smaller(TILE_OUT, plan.height - y), columns = smaller(TILE_OUT, plan.width - x);
-            const int64_t first = ((chunk.image * plan.height + y) * plan.width + x) * out.channels + channel;
+            const int64_t pixel = (chunk.image * plan.height + y) * plan.width + x;
             for (int r = 0; r < TILE_OUT; ++r)
                 for (int c = 0; c < TILE_OUT; ++c) {
-                    const int64_t next = first + (r * plan.width + c + TILE_OUT) * out.channels;
+                    const int64_t next = (pixel + r * plan.width + c + TILE_OUT) * out.channels + channel;
                     __builtin_prefetch(out.y + next, 1);
                     if (out.residual) __builtin_prefetch(out.residual + next);
                 }
@@ -233,18 +231,12 @@ void transform_output(const Conv& call, const Tiling& plan, const TileRoom& room
                 for (int k = 0; k < POINTS; ++k) d[k] = taken(UP, k) ? half[k][c] : F32{};
                 of_output(d, t);
 #pragma GCC unroll 4
-                for (int r = 0; r < TILE_OUT; ++r) tile[r][c] = t[r] + base;
+                for (int r = 0; r < TILE_OUT; ++r) tile[r][c] = t[r] + writer.base;
             }
             for (int64_t r = 0; r < rows; ++r)
-                for (int64_t c = 0; c < columns; ++c) {
-                    const int64_t at = first + (r * plan.width + c) * out.channels;
-                    F32 v = tile[r][c];
-                    if (out.residual) v += read(out.residual + at, count);
-                    if (partial) moments.add(v);
-                    write(out.y + at, v, count);
-                }
+                for (int64_t c = 0; c < columns; ++c) writer.put(pixel + r * plan.width + c, tile[r][c]);
         }
-    if (partial) moments.finish(partial + 2 * channel, count);
+    writer.finish();
 }
 
 // Asks for part `i` of `parts` of the floats from here on. A transform writes more streams than the processor can follow,
