@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.note import Note  # noqa: E402
-from benchmarks.process import command  # noqa: E402
-from fastdiff.nn import prepare  # noqa: E402
+from benchmarks.note import Note
+from benchmarks.process import command
+from fastdiff.nn import prepare
 
 DROPPED = "ours, prepared, the net dropped"
 WHAT = (
