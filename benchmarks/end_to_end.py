@@ -81,7 +81,7 @@ def measure(
     images: int = IMAGES,
     steps: int = STEPS,
     rounds: int = ROUNDS,
-    others: tuple[str, ...] = ("ONNX Runtime", "MNN", "ncnn"),
+    others: tuple[str, ...] = ("ONNX Runtime", "OpenVINO", "MNN", engines.PARALLEL),
     modes: tuple[str, ...] = ("freezing",),
 ) -> dict[str, Any]:
     """Seconds of every loop in turn, all from the same noise and checked to end with the same images."""

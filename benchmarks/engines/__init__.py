@@ -15,9 +15,10 @@ from torch import Tensor
 
 from benchmarks.engines.export import Call, Export
 
-__all__ = ["ENGINES", "INSTEAD", "Call", "Engine", "Export", "NotThere", "build", "fits"]
+__all__ = ["ENGINES", "INSTEAD", "PARALLEL", "Call", "Engine", "Export", "NotThere", "build", "fits"]
 
 PARALLEL = "ncnn, an image a thread"
+"""The faster way to run ncnn on a batch."""
 
 ENGINES = {
     "ONNX Runtime": "benchmarks.engines.ort",
