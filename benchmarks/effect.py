@@ -21,13 +21,15 @@ from benchmarks.watch import Function, replaced
 
 STEPS = 50
 OP = "fastdiff.nn.convolved", "convolved"
+ATTENTION = "fastdiff.nn.attended", "attended"
 """The function through which a prepared network calls its convolutions, norms and sums among them."""
 
 Net = Callable[..., Tensor]
 
 
 def layers(given: Given) -> dict[str, float]:
-    """|y - y64| / |y64| of every convolution of the prepared network, y64 in float64 of the same inputs."""
+    """|y - y64| / |y64| of every kernel of the prepared network, y64 in float64 of the same inputs."""
+    from fastdiff.ops.attention import attention_ref
     from fastdiff.ops.norm_silu_conv import norm_silu_conv_ref
 
     found: dict[str, float] = {}
@@ -49,7 +51,16 @@ def layers(given: Given) -> dict[str, float]:
 
         return run
 
-    with torch.no_grad(), replaced(*OP, checked):
+    def attending(attended: Function) -> Function:
+        def run(q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, **options: Any) -> Any:
+            result = attended(q, k, v, heads, residual, **options)
+            exact = attention_ref(wide(q), wide(k), wide(v), heads, wide(residual))[0]
+            found[f"{len(found)}: attention to {tuple(exact.shape[1:])}"] = distance(result[0], exact)
+            return result
+
+        return run
+
+    with torch.no_grad(), replaced(*OP, checked), replaced(*ATTENTION, attending):
         ours(given)[PREPARED]()()
     return found
 
@@ -65,7 +76,7 @@ def worst_lines(record: dict[str, Any]) -> list[str]:
     """In a sentence."""
     found: dict[str, float] = record["layers"]
     if not found:
-        return ["No convolution of ours runs in the prepared network here.", ""]
+        return ["No kernel of ours runs in the prepared network here.", ""]
     name = max(found, key=lambda n: found[n])
     middle = statistics.median(found.values())
     return [

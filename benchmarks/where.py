@@ -59,14 +59,14 @@ def of_convolution(x: Tensor, packed: Any, *_: Any, **given: Any) -> str:
     return CONV3 if packed[2] == 3 else CONV1
 
 
-def of_attention(*_: Any) -> str:
+def of_attention(*_: Any, **given: Any) -> str:
     """The kind of the attention between two convolutions."""
     return ATTENTION
 
 
 WATCHED = (
     ("fastdiff.nn.convolved", "convolved", of_convolution),
-    ("fastdiff.nn.convolved", "attention", of_attention),
+    ("fastdiff.nn.attended", "attended", of_attention),
 )
 """Functions of ours that add one kernel to the tape, and how its kind is known from what they are given."""
 

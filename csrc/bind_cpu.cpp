@@ -291,7 +291,7 @@ Kernel conv_of(const py::tuple& in) {
     Kernel kernel{Kernel::CONV, {}};
     Conv& call = kernel.conv;
     Maps& maps = call.in;
-    call.kind = Kind(whole());
+    call.kind = Kind(whole()), call.append = in[i++].cast<bool>();
     maps.x = floats(), maps.x2 = floats(), maps.x_channels = whole(), maps.channels = whole();
     maps.images = whole(), maps.height = whole(), maps.width = whole(), maps.groups = whole();
     maps.eps = in[i++].cast<double>();
@@ -299,6 +299,7 @@ Kernel conv_of(const py::tuple& in) {
     maps.moments = doubles(), maps.moments2 = doubles(), maps.act = in[i++].cast<bool>();
     call.weight = floats();
     call.out.y = floats(), call.out.channels = whole(), call.out.bias = floats(), call.out.add = per_channel();
+    call.out.apart = call.out.channels + (call.append ? maps.channels : 0);
     call.out.residual = floats(), call.out.moments = doubles();
     call.stride = whole(), call.before = whole();
     return kernel;
@@ -308,8 +309,10 @@ Kernel conv_of(const py::tuple& in) {
 Kernel attention_of(const py::tuple& in) {
     Kernel kernel{Kernel::ATTENTION, {}};
     const auto whole = [&](int i) { return in[i].cast<int64_t>(); };
-    kernel.attention = {at<float>(in[0].cast<uintptr_t>()), at<float>(in[1].cast<uintptr_t>()), whole(2), whole(3),
-                        whole(4), whole(5)};
+    const auto floats = [&](int i) { return at<float>(in[i].cast<uintptr_t>()); };
+    const int64_t channels = whole(6) * whole(7);
+    kernel.attention = {floats(0), floats(1), floats(2), whole(3), whole(4), whole(5), whole(6), whole(7),
+                        Sum{floats(8), channels, channels, nullptr, {}, floats(9), at<double>(in[10].cast<uintptr_t>())}};
     return kernel;
 }
 

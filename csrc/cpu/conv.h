@@ -17,10 +17,11 @@ struct Maps {
     bool act;
 };
 
-// y + bias + add + residual, and the moments of that (N, C, 2); bias, add, residual, moments may be null
+// y + bias + add + residual, and the moments of that (N, C, 2); bias, add, residual, moments may be null. A pixel of y lies
+// `apart` floats behind the one before.
 struct Sum {
     float* y;
-    int64_t channels;
+    int64_t channels, apart;
     const float* bias;
     PerChannel add;
     const float* residual;
@@ -31,19 +32,21 @@ struct Sum {
 enum Kind : int { POINTWISE, SAME, UPSAMPLED, STRIDED };
 
 // weight: (panels, C, taps, 32), panels of 32 outputs, the last one with zeros behind; taps row by row, one if POINTWISE.
+// append: z itself lies behind the channels of y's pixels; of a POINTWISE one with a norm.
 struct Conv {
     Kind kind;
+    bool append;
     Maps in;
     const float* weight;
     Sum out;
     int64_t stride, before;  // of the windows of 3x3, and how many zeros lie before the first pixel of an axis
 };
 
-// y (N, tokens, heads, depth) of qkv (N, tokens, 3, heads, depth)
+// out of q, k and v (N, tokens, heads, depth), whose tokens are `apart` floats apart; without bias and add
 struct Attention {
-    const float* qkv;
-    float* y;
-    int64_t images, tokens, heads, depth;
+    const float *q, *k, *v;
+    int64_t apart, images, tokens, heads, depth;
+    Sum out;
 };
 
 struct Kernel {

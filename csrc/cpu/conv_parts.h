@@ -24,18 +24,20 @@ struct Writer {
     F32 base;         // bias + add
     Moments moments;
 
-    Writer(const Sum& out, int64_t image, int64_t channel, double* partial)
-        : out(out), channel(channel), count((int)smaller(LANES, out.channels - channel)), partial(partial), base() {
+    // of the channels before `end`
+    Writer(const Sum& out, int64_t image, int64_t channel, int64_t end, double* partial)
+        : out(out), channel(channel), count((int)smaller(LANES, end - channel)), partial(partial), base() {
         if (out.bias) base = read(out.bias + channel, count);
         if (out.add.data) base += read(out.add.data + image * out.add.image + channel, count);
     }
+    Writer(const Sum& out, int64_t image, int64_t channel, double* partial)
+        : Writer(out, image, channel, out.channels, partial) {}
 
     // pixel of all images; v: with the base in it
     FASTDIFF_INLINE void put(int64_t pixel, F32 v) {
-        const int64_t at = pixel * out.channels + channel;
-        if (out.residual) v += read(out.residual + at, count);
+        if (out.residual) v += read(out.residual + pixel * out.channels + channel, count);
         if (partial) moments.add(v);
-        write(out.y + at, v, count);
+        write(out.y + pixel * out.apart + channel, v, count);
     }
 
     void finish() const {
@@ -69,15 +71,14 @@ struct Front {
 
 // The moments of the results from those of the `each` chunks of an image, (chunks, C, 2), where they are asked for
 template <typename Plan>
-void join(const Conv& call, const Plan& plan, int64_t each, const double* partial, const Team& team) {
+void join(const Sum& out, int64_t images, const Plan& plan, int64_t each, const double* partial, const Team& team) {
     if (!partial) return;
     team.wait();
-    const int64_t channels = call.out.channels;
-    for (int64_t n = team.thread; n < call.in.images; n += team.threads) {
-        double *out = call.out.moments + n * channels * 2, before = 0;
+    for (int64_t n = team.thread; n < images; n += team.threads) {
+        double *all = out.moments + n * out.channels * 2, before = 0;
         for (int64_t i = n * each; i < (n + 1) * each; ++i) {
             const double count = (double)plan.pixels(i);
-            merge(out, before, partial + i * channels * 2, count, channels);
+            merge(all, before, partial + i * out.channels * 2, count, out.channels);
             before += count;
         }
     }

@@ -104,6 +104,10 @@ inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& 
         for (int64_t i = begin; numbers.data && i <= last; ++i)
             norm(call, numbers, i / plan.each, i % plan.each * plan.span, plan.pixels(i),
                  normed + (plan.before(i) - first) * depth);
+        // whoever begins with the first panel
+        for (int64_t i = 0; call.append && !panel && i < pixels; ++i)
+            __builtin_memcpy(call.out.y + (first + i) * call.out.apart + call.out.channels, normed + i * depth,
+                             (size_t)depth * 4);
         for (; panel < end; ++panel) {
             const int64_t channel = panel * PANEL, columns = smaller(PANEL, call.out.channels - channel);
             if (call.kind == POINTWISE)
@@ -119,7 +123,7 @@ inline void convolve_lines(const Conv& call, const Lines& plan, const LineRoom& 
                         partial ? partial + i * call.out.channels * 2 : nullptr);
         }
     });
-    join(call, plan, plan.each, partial, team);
+    join(call.out, call.in.images, plan, plan.each, partial, team);
 }
 
 }  // namespace

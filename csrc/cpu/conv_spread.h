@@ -99,7 +99,7 @@ inline void convolve_spread(const Conv& call, const Spread& plan, const SpreadRo
         for (int64_t c = 0; c < call.out.channels; c += LANES)
             sum_up(call, plan, chunk, top, c, m, partial ? partial + chunk * call.out.channels * 2 : nullptr);
     });
-    join(call, plan, plan.each, partial, team);
+    join(call.out, call.in.images, plan, plan.each, partial, team);
 }
 
 }  // namespace

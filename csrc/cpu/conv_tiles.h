@@ -295,7 +295,7 @@ void convolve_tiles(const Conv& call, const Tiling& plan, const TileRoom& room, 
             }
         });
     }
-    join(call, plan, plan.down * plan.across, partial, team);
+    join(call.out, call.in.images, plan, plan.down * plan.across, partial, team);
 }
 
 }  // namespace

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastdiff.nn.group_norm import GroupNorm
-from fastdiff.nn.layers import Attention, Map, Pool, ResBlock, TableRow, as_map
-from fastdiff.ops.attention import attention
+from fastdiff.nn.layers import Map, Pool, ResBlock, TableRow, as_map
 from fastdiff.ops.norm_silu_conv import Packed, convolved
 from fastdiff.ops.tape import beside
 
@@ -144,21 +143,9 @@ class ConvolvedResBlock(nn.Module):
         if self.shortcut is not None:
             straight = self.shortcut(straight, skip=skip, measure=False).x
         y: Map = self.conv2(h, scale=scale, shift=shift, residual=straight, measure=block.divisor == 1)
-        return y if block.divisor == 1 else Map(beside(lambda z: z / block.divisor, y.x))
+        return divided(y, block.divisor)
 
 
-class ConvolvedAttention(nn.Module):
-    """Attention on two 1x1 convolutions of ours, norm and residual among them."""
-
-    def __init__(self, attention: Attention, qkv: Convolved, out: Convolved) -> None:
-        super().__init__()
-        self.heads, self.divisor, self.qkv, self.out = attention.heads, attention.divisor, qkv, out
-
-    def forward(self, x: Tensor | Map) -> Map:
-        """(N, channels, H, W)."""
-        x = as_map(x)
-        n, channels, height, width = x.x.shape
-        h = self.qkv(x, measure=False).x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, L, 3 C), as it lies
-        h = attention(h, self.heads).view(n, height, width, channels).permute(0, 3, 1, 2)
-        y: Map = self.out(h, residual=x.x, measure=self.divisor == 1)
-        return y if self.divisor == 1 else Map(beside(lambda z: z / self.divisor, y.x))
+def divided(y: Map, divisor: float) -> Map:
+    """y / divisor; only one itself keeps the moments."""
+    return y if divisor == 1 else Map(beside(lambda z: z / divisor, y.x))

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.nn.convolved import Centered, Convolved, ConvolvedAttention, ConvolvedResBlock, Last, Passed, Resampled
+from fastdiff.nn.attended import ConvolvedAttention, OneHead, folded
+from fastdiff.nn.convolved import Centered, Convolved, ConvolvedResBlock, Last, Passed, Resampled
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
@@ -46,8 +47,7 @@ def _made(child: nn.Module, packer: Packer) -> nn.Module | None:
     if isinstance(child, ResBlock):
         return _res_block(child, packer)
     if isinstance(child, Attention):
-        qkv, out = _conv(child.qkv, packer, child.norm), _conv(child.out, packer)
-        return ConvolvedAttention(child, qkv, out)
+        return _attention(child, packer)
     if isinstance(child, Up):
         return _conv(child.conv, packer, upsample=True)
     if isinstance(child, Down):
@@ -67,6 +67,20 @@ def _conv(layer: Any, packer: Packer, norm: GroupNorm | None = None, **options: 
         outputs, size = layer.out_channels, layer.kernel_size[0]
         weight = packer.derive(panels, p)
     return Convolved(weight, bias, outputs, size, norm, **options)
+
+
+def _attention(attention: Attention, packer: Packer) -> nn.Module:
+    # with more heads the folded projections are larger than those that they save
+    if attention.heads == 1 and attention.norm is not None:
+        return _one_head(attention, packer)
+    return ConvolvedAttention(attention, _conv(attention.qkv, packer, attention.norm), _conv(attention.out, packer))
+
+
+def _one_head(attention: Any, packer: Packer) -> OneHead:
+    given = [layer._parameters[name] for layer in (attention.qkv, attention.out) for name in ("weight", "bias")]
+    weight = packer.derive(lambda *p: panels(folded(*p)[0][..., None, None]), *given)
+    bias = packer.derive(lambda *p: folded(*p)[1], *given)
+    return OneHead(attention, Convolved(weight, bias, 2 * attention.out.out_features, 1, attention.norm, append=True))
 
 
 def _res_block(block: ResBlock, packer: Packer) -> ConvolvedResBlock:

@@ -9,20 +9,41 @@ from fastdiff.ops import native
 from fastdiff.ops.tape import empty, recording
 
 
-def run(qkv: Tensor, heads: int) -> Tensor:
-    """`attention` by csrc/cpu/attention.cpp."""
-    qkv = qkv.contiguous()
-    n, tokens, channels = qkv.shape
-    y = empty((n, tokens, channels // 3), torch.float32)
-    call = (qkv.data_ptr(), y.data_ptr(), n, tokens, heads, channels // 3 // heads)
+def _apart(*parts: Tensor) -> int | None:
+    """Numbers from one token to the next of all images, where it is the same in all parts, else None."""
+    n, tokens, _ = parts[0].shape
+    apart = parts[0].stride(1 if tokens > 1 else 0)
+    # the stride of an axis of one means nothing
+    wanted = {0: tokens * apart if n > 1 else None, 1: apart if tokens > 1 else None, 2: 1}
+    same = all(step is None or v.stride(axis) == step for v in parts for axis, step in wanted.items())
+    return apart if same else None
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, *, measure: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The result, and its moments (N, C, 2) where asked for, by csrc/cpu/attention.cpp."""
+    n, tokens, channels = q.shape
+    apart = _apart(q, k, v)
+    if apart is None:
+        q, k, v = torch.cat([q, k, v], 2).chunk(3, 2)
+        apart = 3 * channels
+    residual = None if residual is None else residual.contiguous()
+    y = empty((n, tokens, channels), torch.float32)
+    out = empty((n, channels, 2) if measure else (0,), torch.float64)
+    call = (
+        *(q.data_ptr(), k.data_ptr(), v.data_ptr(), apart, n, tokens, heads, channels // heads),
+        *(y.data_ptr(), native.address(residual), out.data_ptr() if measure else 0),
+    )
     if (tape := recording()) is not None:
-        tape.attention(call, qkv)
+        tape.attention(call, q, k, v, residual)
     native.cpu.attention(call, torch.get_num_threads())
-    return y
+    return y, out
 
 
-def refuses(qkv: Tensor, heads: int) -> str | None:
+def refuses(q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, **given: object) -> str | None:
     """Why the kernel does not take these arguments, None when it does."""
-    if qkv.dtype is not torch.float32:
-        return f"the cpp kernel takes float32, got {qkv.dtype}"
-    return native.refuses(qkv)
+    for x in (q, k, v, residual):
+        if x is not None and x.dtype is not torch.float32:
+            return f"the cpp kernel takes float32, got {x.dtype}"
+    return native.refuses(q, k, v, residual)

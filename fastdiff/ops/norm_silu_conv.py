@@ -3,6 +3,7 @@
     z = cat([x, x2], 1)
     h = silu(norm(z) (1 + scale) + shift)             groups = 0: h = z
     y = conv(repeated(h)) + bias + add + residual     repeated: nearest x2 where upsample
+                                                      append: y = cat([y, h], 1)
 
 The convolution is 3x3 or 1x1. On CPUs it is C++: 3x3 ones of stride 1 by Winograd's F(4x4, 3x3), with an error of a few
 1e-6 of the result's norm where direct convolution has a few 1e-7; the others as matrix products. Weights come packed
@@ -77,11 +78,12 @@ def norm_silu_conv_ref(
     upsample: bool = False,
     stride: int = 1,
     asymmetric: bool = False,
+    append: bool = False,
     moments: Tensor | None = None,
     moments2: Tensor | None = None,
     measure: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The formula above in plain PyTorch, and the result's mean and variance (N, O, 2) where asked for."""
+    """The formula above in plain PyTorch, and mean and variance of its O outputs (N, O, 2) where asked for."""
     given = {"eps": eps, "x2": x2, "scale": scale, "shift": shift, "act": act}
     if groups:
         h = group_norm_silu_ref(x, groups, norm_weight, norm_bias, **given)  # type: ignore[arg-type]
@@ -94,7 +96,8 @@ def norm_silu_conv_ref(
     for v in (bias, add):
         y = y if v is None else y + v.to(y.dtype).reshape(*v.shape, 1, 1)
     y = y if residual is None else y + residual.to(y.dtype)
-    return y, moments_ref(y) if measure else y.new_empty(0, dtype=torch.float64)
+    found = moments_ref(y) if measure else y.new_empty(0, dtype=torch.float64)
+    return torch.cat([y, h], 1) if append else y, found
 
 
 def moments_ref(x: Tensor) -> Tensor:
@@ -117,9 +120,10 @@ def _fake(
     x: Tensor, weight: Tensor, outputs: int, size: int, bias: Tensor | None, x2: Tensor | None, groups: int,
     norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None,
     act: bool, add: Tensor | None, residual: Tensor | None, upsample: bool, stride: int, asymmetric: bool,
-    moments: Tensor | None, moments2: Tensor | None, measure: bool,
+    append: bool, moments: Tensor | None, moments2: Tensor | None, measure: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    shape = result_shape(x, outputs, size, upsample=upsample, stride=stride, asymmetric=asymmetric)
+    n, _, *image = result_shape(x, outputs, size, upsample=upsample, stride=stride, asymmetric=asymmetric)
+    shape = (n, outputs + (weight.shape[1] if append else 0), *image)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return y, x.new_empty((x.shape[0], outputs, 2) if measure else (0,), dtype=torch.float64)
 
@@ -165,6 +169,7 @@ def norm_silu_conv(
     upsample: bool = False,
     stride: int = 1,
     asymmetric: bool = False,
+    append: bool = False,
 ) -> Tensor:
     """conv(silu(norm(cat([x, x2], 1)) (1 + scale) + shift)) + bias + add + residual, see the head of this file.
 
@@ -172,11 +177,11 @@ def norm_silu_conv(
     many calls; bias (O,); groups=0: no norm and no SiLU; norm_weight, norm_bias (C + C2,); scale, shift (C + C2,) or
     (N, C + C2); add (O,) or (N, O); residual as the result, (N, O, H', W'). The image is padded by k // 2 zeros;
     upsample (stride 1): every pixel is repeated 2x2 first; stride=2 halves, asymmetric: with one zero behind each axis
-    and none in front. The result is channels_last. Twice differentiable in every tensor. Raises ValueError for shapes
-    that do not fit. Lavin & Gray 2016.
+    and none in front; append (k = 1 and groups): h as further channels of the result. It is channels_last. Twice
+    differentiable in every tensor. Raises ValueError for shapes that do not fit. Lavin & Gray 2016.
     """
     packed = weight if isinstance(weight, Packed) else pack(weight)
-    check(x, packed, x2, groups, upsample, stride, asymmetric)
+    check(x, packed, x2, groups, upsample, stride, asymmetric, append)
     channels = x.shape[1] + (0 if x2 is None else x2.shape[1])
     check_numbers("norm_silu_conv", x, channels, per_image=False, norm_weight=norm_weight, norm_bias=norm_bias)
     check_numbers("norm_silu_conv", x, channels, per_image=True, scale=scale, shift=shift)
@@ -193,6 +198,7 @@ def norm_silu_conv(
     return convolved(
         x, packed, bias, groups=groups, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, x2=x2, scale=scale,
         shift=shift, act=act, add=add, residual=residual, upsample=upsample, stride=stride, asymmetric=asymmetric,
+        append=append,
     )[0]  # fmt: skip
 
 
@@ -207,8 +213,9 @@ def convolved(x: Tensor, packed: Packed, bias: Tensor | None, **given: Any) -> t
 
 
 def check(
-    x: Tensor, packed: Packed, x2: Tensor | None, groups: int, upsample: bool, stride: int, asymmetric: bool
-) -> None:
+    x: Tensor, packed: Packed, x2: Tensor | None, groups: int, upsample: bool, stride: int, asymmetric: bool,
+    append: bool,
+) -> None:  # fmt: skip
     """Raise ValueError for what no convolution fits."""
     shape = tuple(x.shape)
     if x.ndim != 4:
@@ -226,6 +233,8 @@ def check(
         raise ValueError(
             f"norm_silu_conv: groups={groups} does not divide the {channels} channels; pass a divisor, or 0"
         )
+    if append and (packed.size == 3 or not groups):
+        raise ValueError("norm_silu_conv: append=True goes with a window of 1 behind a norm")
     if upsample and packed.size == 1:
         raise ValueError("norm_silu_conv: upsample=True goes with a 3x3 window")
     if stride not in (1, 2) or (packed.size == 1 and stride == 2):
@@ -240,14 +249,15 @@ library.describe(
     "norm_silu_conv",
     "(Tensor x, Tensor weight, int outputs, int size, Tensor? bias, Tensor? x2, int groups, Tensor? norm_weight, "
     "Tensor? norm_bias, float eps, Tensor? scale, Tensor? shift, bool act, Tensor? add, Tensor? residual, "
-    "bool upsample, int stride, bool asymmetric, Tensor? moments, Tensor? moments2, bool measure) -> (Tensor, Tensor)",
+    "bool upsample, int stride, bool asymmetric, bool append, Tensor? moments, Tensor? moments2, bool measure) "
+    "-> (Tensor, Tensor)",
     _fake,
     setup=_setup,
     backward=_backward,
 )
 _NAMES = (
     *("x", "weight", "outputs", "size", "bias", "x2", "groups", "norm_weight", "norm_bias", "eps", "scale", "shift"),
-    *("act", "add", "residual", "upsample", "stride", "asymmetric", "moments", "moments2", "measure"),
+    *("act", "add", "residual", "upsample", "stride", "asymmetric", "append", "moments", "moments2", "measure"),
 )
 _DEFAULTS: dict[str, Any] = norm_silu_conv_ref.__kwdefaults__ or {}
 dispatch.register("norm_silu_conv", "reference", norm_silu_conv_ref)

@@ -49,6 +49,7 @@ def run(
     upsample: bool = False,
     stride: int = 1,
     asymmetric: bool = False,
+    append: bool = False,
     moments: Tensor | None = None,
     moments2: Tensor | None = None,
     measure: bool = False,
@@ -65,12 +66,12 @@ def run(
         moments = measured(x) if moments is None else moments
         moments2 = measured(x2) if moments2 is None and x2 is not None else moments2
     shape = result_shape(x, outputs, size, upsample=upsample, stride=stride, asymmetric=asymmetric)
-    y = empty((shape[0], *shape[2:], outputs), torch.float32).permute(0, 3, 1, 2)
+    y = empty((n, *shape[2:], outputs + channels if append else outputs), torch.float32).permute(0, 3, 1, 2)
     out = empty((n, outputs, 2) if measure else (0,), torch.float64)
     kind = POINTWISE if size == 1 else STRIDED if stride == 2 else UPSAMPLED if upsample else SAME
     address, apart = native.address, native.apart
     call = (
-        *(kind, x.data_ptr(), address(x2), first, channels, n, height, width, groups, eps),
+        *(kind, append, x.data_ptr(), address(x2), first, channels, n, height, width, groups, eps),
         *(address(norm_weight), 0, address(norm_bias), 0),
         *(address(scale), apart(scale), address(shift), apart(shift)),
         *(address(moments), address(moments2), act, weight.data_ptr(), y.data_ptr(), outputs, address(bias)),

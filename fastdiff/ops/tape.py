@@ -104,9 +104,9 @@ class Tape:
         self._known(*read)
         self._kernel(self._calls.conv(call))
 
-    def attention(self, call: tuple[int, ...], qkv: Tensor) -> None:
-        """Record a call of `native.cpu.attention`."""
-        self._known(qkv)
+    def attention(self, call: tuple[int, ...], *read: Tensor | None) -> None:
+        """Record a call of `native.cpu.attention`, which reads these tensors."""
+        self._known(*read)
         self._kernel(self._calls.attention(call))
 
     def _kernel(self, end: int) -> None:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff.nn import follow, tapes
-from fastdiff.nn.convolved import ConvolvedAttention
+from fastdiff.nn.attended import ConvolvedAttention, OneHead
 from fastdiff.nn.layers import Deep
 from fastdiff.nn.prepare import prepare
 from fastdiff.nn.unet import UNet
@@ -117,8 +117,12 @@ def test_played_is_the_call_itself(name, plays):
     assert len(plays) == 6
 
 
-def test_attention_is_in_the_tape():
-    assert any(isinstance(m, ConvolvedAttention) for m in prepare(make(heads=2)).modules())
+@pytest.mark.parametrize(("heads", "kind"), [(1, OneHead), (2, ConvolvedAttention)])
+def test_attention_is_in_the_tape(heads, kind):
+    fast = prepare(make(heads=heads))
+    found = [m for m in fast.modules() if isinstance(m, (OneHead, ConvolvedAttention))]
+    assert found
+    assert {type(m) for m in found} == {kind}
 
 
 def test_threads_may_change_between_plays():

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.ops.attention import attended
+from fastdiff.ops.norm_silu_conv import moments_ref
 from tests.ops import oracle
 from tests.ops.describe import Args, Description, Outputs, by_row, laid, numbers
 from tests.ops.describe_conv import _on
@@ -22,6 +24,10 @@ _ATTENTION = {
     "regime": ("plain", "tiny", "constant", "nan", "inf"),
     # of the scores: the largest are far over what exp can take
     "times": (1.0, 0.01, 60.0),
+    # as the parts of one tensor, or as three tensors in that order
+    "parts": (None, "qkv", "qvk"),
+    "residual": (None, "contiguous", "cropped", "transposed"),
+    "measure": (False, True),
     "threads": (1, 2, 3),
 }
 
@@ -31,21 +37,49 @@ def _inputs(cell: Cell, g: torch.Generator) -> Args:
     width = cell["heads"] * depth
     qkv = numbers((n, tokens, 3 * width), cell["regime"], torch.float32, g)
     qkv[..., :width] *= cell["times"]
-    return {"qkv": laid(qkv, cell["layout"]), "heads": cell["heads"], "threads": cell["threads"]}
+    residual = torch.randn((n, tokens, width), generator=g)
+    return {
+        "qkv": laid(qkv, cell["layout"]),
+        "residual": None if cell["residual"] is None else laid(residual, cell["residual"]),
+        **{k: cell[k] for k in ("heads", "parts", "measure", "threads")},
+    }
+
+
+def _split(args: Args) -> tuple[Tensor, ...]:
+    q, k, v = args["qkv"].chunk(3, 2)
+    return (q, v, k) if args["parts"] == "qvk" else (q, k, v)
+
+
+def _outputs(y: Tensor, moments: Tensor) -> Outputs:
+    return {"y": y, "mean": moments[..., 0], "deviation": moments[..., 1].sqrt()}
 
 
 def _call(args: Args) -> Outputs:
+    heads, residual = args["heads"], args["residual"]
     with _on(args["threads"]):
-        return {"y": ops.attention(args["qkv"], args["heads"])}
+        if args["parts"] is None and residual is None and not args["measure"]:
+            y = ops.attention(args["qkv"], heads)
+            return _outputs(y, moments_ref(y.mT))
+        q, k, v = _split(args)
+        y, moments = attended(q, k, v, heads, residual, measure=args["measure"])
+    return _outputs(y, moments if args["measure"] else moments_ref(y.mT))
 
 
 def _oracle(args: Args) -> Outputs:
-    return {"y": oracle.attention(args["qkv"], args["heads"])}
+    q, k, v = _split(args)
+    y = oracle.attended(q, k, v, args["heads"], args["residual"])
+    return _outputs(y, moments_ref(y.mT))
 
 
 def _slack(args: Args, wanted: Outputs) -> dict[str, Tensor]:
-    """An ulp of the largest value: what comes out is their mean, of which PyTorch's may be lucky."""
-    return {"y": 0.12 * by_row(args["qkv"].chunk(3, 2)[2].double().abs())}
+    """An ulp of the largest value: what comes out is their mean, of which PyTorch's may be lucky.
+
+    Moments are sums in float32 about one of the numbers.
+    """
+    value = 0.12 * by_row(_split(args)[2].double().abs())
+    value = value if args["residual"] is None else value + 0.12 * by_row(args["residual"].double().abs())
+    of_moments = value + 4.0 * by_row(wanted["deviation"])
+    return {"y": value, "mean": of_moments, "deviation": of_moments}
 
 
 def _forms(args: Args, got: Outputs) -> list[str]:

@@ -45,6 +45,7 @@ _CONV = {
     "act": (True, False),
     "eps": (1e-5, 1e-6, 1e-3),
     "residual": (None, "channels_last", "contiguous"),
+    "append": (False, True),  # of 1x1 ones behind a norm
     "measure": (True, False),
     "known": (False, True),
     "threads": (1, 2, 3),
@@ -73,6 +74,7 @@ def _inputs(cell: Cell, g: torch.Generator) -> Args:
     }
     if cell["residual"] is not None:
         args["residual"] = laid(torch.randn(_exact(args).shape, generator=g), cell["residual"])
+    args["append"] = bool(cell["append"] and size == 1 and groups)
     return args | {k: cell[k] for k in ("measure", "known", "threads")}
 
 
@@ -91,7 +93,9 @@ def _of_op(args: Args) -> Args:
     return {k: v for k, v in args.items() if k not in ("measure", "known", "threads")}
 
 
-def _outputs(y: Tensor, moments: Tensor) -> Outputs:
+def _outputs(y: Tensor, moments: Tensor | None, outputs: int) -> Outputs:
+    """moments: of the outputs, without what is appended; None: those that y has."""
+    moments = moments_ref(y[:, :outputs]) if moments is None else moments
     return {"y": y, "mean": moments[..., 0], "deviation": moments[..., 1].sqrt()}
 
 
@@ -99,13 +103,12 @@ def _call(args: Args) -> Outputs:
     own, known = _of_op(args), {}
     with _on(args["threads"]):
         if not (args["measure"] or args["known"]):
-            y = ops.norm_silu_conv(**own)
-            return _outputs(y, moments_ref(y))
+            return _outputs(ops.norm_silu_conv(**own), None, len(own["weight"]))
         x, weight, bias = (own.pop(k) for k in ("x", "weight", "bias"))
         if args["known"] and own["groups"]:
             known = {k: None if v is None else moments_ref(v) for k, v in (("moments", x), ("moments2", own["x2"]))}
         y, moments = convolved(x, ops.pack(weight), bias, **own, **known, measure=args["measure"])
-    return _outputs(y, moments if args["measure"] else moments_ref(y))
+    return _outputs(y, moments if args["measure"] else None, len(weight))
 
 
 def _exact(args: Args) -> Tensor:
@@ -113,9 +116,10 @@ def _exact(args: Args) -> Tensor:
 
 
 def _oracle(args: Args) -> Outputs:
-    y = _exact(args)
-    mean = y.mean((2, 3), keepdim=True)
-    return _outputs(y, torch.cat([mean, (y - mean).square().mean((2, 3), keepdim=True)], 3).squeeze(2))
+    y, outputs = _exact(args), len(args["weight"])
+    mean = y[:, :outputs].mean((2, 3), keepdim=True)
+    variance = (y[:, :outputs] - mean).square().mean((2, 3), keepdim=True)
+    return _outputs(y, torch.cat([mean, variance], 3).squeeze(2), outputs)
 
 
 def _slack(args: Args, wanted: Outputs) -> dict[str, Tensor]:
@@ -126,7 +130,7 @@ def _slack(args: Args, wanted: Outputs) -> dict[str, Tensor]:
     rest = _of_op(args)
     x, weight = rest.pop("x"), rest.pop("weight")
     steps = {k: rest.pop(k) for k in ("stride", "asymmetric") if k in rest}
-    for k in ("bias", "add", "residual"):
+    for k in ("bias", "add", "residual", "append"):
         rest.pop(k, None)
     sums = oracle.conv(oracle.conv_input(x, **rest).abs(), weight.abs(), **steps)
     winograd = weight.shape[2] == 3 and not steps

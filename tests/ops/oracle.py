@@ -243,21 +243,31 @@ def norm_silu_conv(
     residual: Tensor | None = None,
     stride: int = 1,
     asymmetric: bool = False,
+    append: bool = False,
     **given: Any,
 ) -> Tensor:
-    """conv(silu(norm([x, x2]))) + bias + add + residual."""
-    y = conv(conv_input(x, **given), weight, stride, asymmetric)
+    """conv(h = silu(norm([x, x2]))) + bias + add + residual, and h behind it where append."""
+    h = conv_input(x, **given)
+    y = conv(h, weight, stride, asymmetric)
     y = y + _channels(bias, y, 0.0) + _channels(add, y, 0.0)
-    return y if residual is None else y + residual.double()
+    y = y if residual is None else y + residual.double()
+    return torch.cat([y, h], 1) if append else y
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """softmax(q k' / sqrt(d)) v, head by head."""
-    q, k, v = qkv.double().chunk(3, 2)
+    """`attended` of the three parts of qkv."""
+    q, k, v = qkv.chunk(3, 2)
+    return attended(q, k, v, heads)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(d)) v, head by head, + residual."""
+    q, k, v = q.double(), k.double(), v.double()
     depth, found = q.shape[2] // heads, []
     for head in range(heads):
         own = slice(head * depth, (head + 1) * depth)
         scores = q[..., own] @ k[..., own].mT / math.sqrt(depth)
         powers = torch.exp(scores - scores.amax(2, keepdim=True))
         found.append(powers / powers.sum(2, keepdim=True) @ v[..., own])
-    return torch.cat(found, 2)
+    y = torch.cat(found, 2)
+    return y if residual is None else y + residual.double()

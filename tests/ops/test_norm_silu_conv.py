@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from fastdiff.ops import dispatch, native, norm_silu_conv, pack
 from fastdiff.ops.norm_silu_conv import moments_ref, unpack
-from tests.ops import convolutions
+from tests.ops import convolutions, oracle
 from tests.ops.convolutions import KINDS, NUMBERS, Case, arguments, complaint, exact, far, run
 from tests.ops.describe import poisoned
 from tests.process import nothing_wrong_on
@@ -204,6 +204,25 @@ def test_moments_far_from_zero(kind):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].groups])
+def test_the_normed_maps_behind_the_result(name, threads):
+    """append: the same bits in front, and h behind them, which nothing but its rounding parts from the formula."""
+    case = taken(CASES[name], "1x1")
+    args = arguments(case)
+    without, moments = run(args, measure=True)
+    h = oracle.conv_input(**{k: v for k, v in args.items() if k not in ("weight", "bias", "add", "residual")})
+    for count in (1, 2, 3, 5):
+        threads(count)
+        with poisoned():
+            y, its_moments = run(args, measure=True, append=True)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(y[:, : case.outputs], without)
+        assert torch.equal(its_moments, moments)
+        assert y.shape[1] == case.outputs + case.shape[1]
+        assert far(y[:, case.outputs :], h) <= (1e-6 if case.mean == 0 else 1e-4)
+
+
+@needs_kernels
 @pytest.mark.parametrize("mean", [0.0, 1000.0])
 @pytest.mark.parametrize("kind", NORMED)
 def test_a_norm_of_moments_that_are_known(kind, mean):
@@ -334,7 +353,7 @@ def test_other_instruction_sets(isa):
 def test_gradients_are_the_references(kind, packed):
     """The formula's own, differentiated by torch: what a result lacks in digits its gradient does not."""
     case = taken(Case(shape=(2, 12, 5, 6), groups=3, split=5, given=NUMBERS, per_image=True), kind)
-    args = arguments(case)
+    args = arguments(case) | ({"append": True} if kind == "1x1" else {})
     if packed:
         args["weight"] = pack(args["weight"])
     found = []
@@ -387,6 +406,9 @@ REFUSED = [
     ),
     ({"asymmetric": True}, r"asymmetric=True goes with stride=2"),
     ({"stride": 2, "upsample": True}, r"stride=2 goes without upsample, groups and x2; run group_norm_silu in front"),
+    ({"append": True}, "append=True goes with a window of 1 behind a norm"),
+    ({"append": True, "groups": 3}, "append=True goes with a window of 1 behind a norm"),
+    ({"append": True, "weight": torch.zeros(8, 12, 1, 1)}, "append=True goes with a window of 1 behind a norm"),
     ({"stride": 2, "groups": 3}, r"stride=2 goes without upsample, groups and x2"),
     ({"bias": torch.zeros(7)}, r"bias is \(7,\); accepted: \(8,\) for x"),
     ({"bias": torch.zeros(2, 8)}, r"bias is \(2, 8\); accepted: \(8,\) for x"),
