@@ -31,7 +31,7 @@ class OneHead(nn.Module):
         q k^T = (h Wq^T + bq) (h Wk^T + bk)^T = (h Wq^T Wk + bq Wk) h^T + what is the same for all keys
         out(softmax(s) v) = softmax(s) (h (Wo Wv)^T + Wo bv + bo),    since the rows of softmax(s) sum to one
 
-    qv: the norm and both products, h appended (`folded` has their weights).
+    qv: the norm and both products, h appended.
     """
 
     def __init__(self, attention: Attention, qv: Convolved) -> None:
@@ -46,12 +46,17 @@ class OneHead(nn.Module):
         return divided(Map(image(y, x.x), moments), self.divisor)
 
 
-def folded(qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (2 C, C) and bias (2 C,) of the projections of `OneHead`, float64, from the four of an Attention."""
+def folded_weight(qkv: Tensor, out: Tensor) -> Tensor:
+    """Weight (2 C, C) of the projections of `OneHead`, float64, from those of an Attention."""
     wq, wk, wv = qkv.double().chunk(3)
+    return torch.cat([wk.t() @ wq, out.double() @ wv])
+
+
+def folded_bias(qkv: Tensor, qkv_bias: Tensor, out: Tensor, out_bias: Tensor) -> Tensor:
+    """Bias (2 C,) of the projections of `OneHead`, float64, from weights and biases of an Attention."""
+    _, wk, _ = qkv.double().chunk(3)
     bq, _, bv = qkv_bias.double().chunk(3)
-    wo, bo = out.double(), out_bias.double()
-    return torch.cat([wk.t() @ wq, wo @ wv]), torch.cat([wk.t() @ bq, wo @ bv + bo])
+    return torch.cat([bq @ wk, out.double() @ bv + out_bias.double()])
 
 
 def tokens(x: Tensor) -> Tensor:

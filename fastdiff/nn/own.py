@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastdiff.nn.attended import ConvolvedAttention, OneHead, folded
+from fastdiff.nn.attended import ConvolvedAttention, OneHead, folded_bias, folded_weight
 from fastdiff.nn.convolved import Centered, Convolved, ConvolvedResBlock, Last, Passed, Resampled
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
@@ -77,9 +77,9 @@ def _attention(attention: Attention, packer: Packer) -> nn.Module:
 
 
 def _one_head(attention: Any, packer: Packer) -> OneHead:
-    given = [layer._parameters[name] for layer in (attention.qkv, attention.out) for name in ("weight", "bias")]
-    weight = packer.derive(lambda *p: panels(folded(*p)[0][..., None, None]), *given)
-    bias = packer.derive(lambda *p: folded(*p)[1], *given)
+    qkv, out = attention.qkv._parameters, attention.out._parameters
+    weight = packer.derive(lambda *p: panels(folded_weight(*p)[..., None, None]), qkv["weight"], out["weight"])
+    bias = packer.derive(folded_bias, qkv["weight"], qkv["bias"], out["weight"], out["bias"])
     return OneHead(attention, Convolved(weight, bias, 2 * attention.out.out_features, 1, attention.norm, append=True))
 
 

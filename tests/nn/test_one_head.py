@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fastdiff.nn.attended import OneHead, folded
+from fastdiff.nn.attended import OneHead, folded_bias, folded_weight
 from fastdiff.nn.convolved import Convolved
 from fastdiff.nn.layers import Attention
 from fastdiff.nn.prepare import prepare
@@ -18,12 +18,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 needs_kernels = pytest.mark.skipif(native.missing() is not None, reason="no compiled kernels here")
 
 
-def made(channels: int, groups: int, divisor: float = 1.0) -> tuple[Attention, OneHead]:
-    """In float64, with biases as large as everything else."""
-    layer = randomise(Attention(channels, groups=groups, divisor=divisor).double())
-    weight, bias = folded(*(p.detach() for m in (layer.qkv, layer.out) for p in (m.weight, m.bias)))
-    weight, bias = (torch.nn.Parameter(v) for v in (panels(weight[..., None, None]), bias))
-    return layer, OneHead(layer, Convolved(weight, bias, 2 * channels, 1, layer.norm, append=True))
+def one_head(layer: Attention) -> OneHead:
+    """What `prepare` makes of the layer, in the layer's dtype."""
+    qkv, out = layer.qkv, layer.out
+    with torch.no_grad():
+        weight = panels(folded_weight(qkv.weight, out.weight)[..., None, None])
+        bias = folded_bias(qkv.weight, qkv.bias, out.weight, out.bias)
+    weight, bias = (torch.nn.Parameter(v.to(qkv.weight.dtype)) for v in (weight, bias))
+    return OneHead(layer, Convolved(weight, bias, 2 * out.out_features, 1, layer.norm, append=True))
 
 
 @pytest.mark.parametrize("divisor", [1.0, 2**0.5])
@@ -31,9 +33,9 @@ def made(channels: int, groups: int, divisor: float = 1.0) -> tuple[Attention, O
     ("channels", "groups", "size"), [(8, 2, (3, 5)), (40, 5, (4, 4)), (33, 3, (1, 1)), (3, 1, (9, 1))]
 )
 def test_it_is_the_formula(channels: int, groups: int, size: tuple[int, int], divisor: float) -> None:
-    layer, folded_layer = made(channels, groups, divisor)
+    layer = randomise(Attention(channels, groups=groups, divisor=divisor).double())
     x = draw(2, channels, *size).double().contiguous(memory_format=torch.channels_last)
-    y, want = folded_layer(x), layer(x)
+    y, want = one_head(layer)(x), layer(x)
     assert far(y.x, want) <= 1e-13
     if divisor == 1:
         assert far(y.moments, moments_ref(want)) <= 1e-12
@@ -43,21 +45,12 @@ def test_it_is_the_formula(channels: int, groups: int, size: tuple[int, int], di
 
 def test_scores_of_every_size() -> None:
     """From a mean of all values to a choice of one."""
-    layer, _ = made(32, 4)
+    layer = randomise(Attention(32, groups=4).double())
     x = draw(2, 32, 6, 6).double().contiguous(memory_format=torch.channels_last)
     for times in (1e-3, 1.0, 30.0):
         with torch.no_grad():
             layer.qkv.weight[:64].mul_(times)
-        weight, bias = folded(*(p.detach() for m in (layer.qkv, layer.out) for p in (m.weight, m.bias)))
-        conv = Convolved(
-            torch.nn.Parameter(panels(weight[..., None, None])),
-            torch.nn.Parameter(bias),
-            64,
-            1,
-            layer.norm,
-            append=True,
-        )
-        assert far(OneHead(layer, conv)(x).x, layer(x)) <= 1e-11
+        assert far(one_head(layer)(x).x, layer(x)) <= 1e-11
 
 
 @needs_kernels
@@ -86,14 +79,11 @@ def test_the_kernels_err_as_pytorch_does(mean: float, times: float) -> None:
     with torch.no_grad():
         layer.qkv.weight[:128].mul_(times)
     wide = copy.deepcopy(layer).double()
-    weight, bias = folded(*(p.detach() for m in (layer.qkv, layer.out) for p in (m.weight, m.bias)))
-    weight, bias = (torch.nn.Parameter(v.float()) for v in (panels(weight[..., None, None]), bias))
-    one = OneHead(layer, Convolved(weight, bias, 128, 1, layer.norm, append=True))
     x = (draw(2, 64, 12, 12) + mean).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         want, theirs = wide(x.double()), layer(x)
         with dispatch.backend("cpp"):
-            ours = one(x).x
+            ours = one_head(layer)(x).x
     # without the residual, which would hide it
     errors = [far(y.double() - x.double(), want - x.double()) for y in (ours, theirs)]
     assert errors[0] <= 2 * errors[1] + 2**-22
