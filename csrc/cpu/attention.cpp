@@ -9,6 +9,8 @@ namespace {
 
 // numbers of the softmax that stay in the second-level cache; queries that are worth a panel of keys
 constexpr int64_t SCORES = 65536, FEWEST = 8, QUERIES = 64;
+// values that are summed up in one go: roundings of equal ones add up, and those of sums of sums do less
+constexpr int64_t RUN = 16;
 
 struct Layout {
     int64_t tokens, keys, wide;  // of an image; these, and a head's channels, in whole panels
@@ -124,7 +126,9 @@ void attention(const Attention& call, void* memory, const Team& team) {
                     PANEL, lay.keys);
         for (int64_t r = 0; r < count; ++r) shares[r] = softmax(scores + r * lay.keys, call.tokens, scale);
         for (int64_t c = 0; c < d; c += PANEL) {
-            product(scores, lay.keys, count, v + c, next, call.tokens, m, false, PANEL);
+            for (int64_t t = 0; t < call.tokens; t += RUN)
+                product(scores + t, lay.keys, count, v + t * next + c, next, smaller(RUN, call.tokens - t), m, t > 0,
+                        PANEL);
             for (int64_t i = 0; i < PANEL && c + i < d; i += LANES) {
                 Writer writer(call.out, h.image, h.channel + c + i, h.channel + d,
                               partial ? partial + (h.image * lay.parts + part) * call.out.channels * 2 : nullptr);
