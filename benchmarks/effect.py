@@ -21,8 +21,9 @@ from benchmarks.watch import Function, replaced
 
 STEPS = 50
 OP = "fastdiff.nn.convolved", "convolved"
-ATTENTION = "fastdiff.nn.attended", "attended"
 """The function through which a prepared network calls its convolutions, norms and sums among them."""
+ATTENTION = "fastdiff.nn.attended", "attended"
+"""The one through which it calls its attention."""
 
 Net = Callable[..., Tensor]
 
