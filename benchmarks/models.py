@@ -183,7 +183,7 @@ def of_diffusers(model: Model, *, seed: int = 0, quiet: bool = False) -> Pair:
         raise ValueError(f"diffusers has no network like {model.name}")
     from diffusers import UNet2DModel
 
-    from fastdiff.formats.diffusers import read_unet2d
+    from fastdiff.formats.diffusers.read import read_unet2d
 
     torch.manual_seed(seed)
     theirs = UNet2DModel(**model.diffusers).eval()

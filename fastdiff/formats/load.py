@@ -11,7 +11,8 @@ import torch
 from fastdiff._version import __version__
 from fastdiff.files.atomic import find_folder
 from fastdiff.files.checkpoint import read_folder, write_folder
-from fastdiff.formats.diffusers import read_unet2d, schedule_of
+from fastdiff.formats.diffusers.read import read_unet2d
+from fastdiff.formats.diffusers.schedule import schedule_of
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.tables.schedule import from_spec

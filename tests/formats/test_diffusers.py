@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.formats.diffusers import WEIGHTS, convert_unet2d, read_unet2d, schedule_of
+from fastdiff.formats.diffusers.read import WEIGHTS, read_unet2d
+from fastdiff.formats.diffusers.schedule import schedule_of
+from fastdiff.formats.diffusers.unet2d import convert_unet2d
 from fastdiff.formats.load import load
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.sampler import Sampler

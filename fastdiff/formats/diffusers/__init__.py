@@ -1,0 +1,1 @@
+"""diffusers' checkpoints and live objects, without importing diffusers."""
