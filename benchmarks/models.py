@@ -183,7 +183,7 @@ def of_diffusers(model: Model, *, seed: int = 0, quiet: bool = False) -> Pair:
         raise ValueError(f"diffusers has no network like {model.name}")
     from diffusers import UNet2DModel
 
-    from fastdiff.formats.diffusers.read import read_unet2d
+    from fastdiff.formats.diffusers.read import read_unet
 
     torch.manual_seed(seed)
     theirs = UNet2DModel(**model.diffusers).eval()
@@ -191,7 +191,7 @@ def of_diffusers(model: Model, *, seed: int = 0, quiet: bool = False) -> Pair:
         nn.init.normal_(theirs.conv_out.weight, std=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        ours, _ = read_unet2d(folder)
+        ours, _ = read_unet(folder)
     return Pair(ours.eval(), Sample(theirs), "diffusers")
 
 

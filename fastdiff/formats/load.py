@@ -11,7 +11,8 @@ import torch
 from fastdiff._version import __version__
 from fastdiff.files.atomic import find_folder
 from fastdiff.files.checkpoint import read_folder, write_folder
-from fastdiff.formats.diffusers.read import read_unet2d
+from fastdiff.formats.diffusers.convert import KINDS
+from fastdiff.formats.diffusers.read import read_unet, vae_scaling
 from fastdiff.formats.diffusers.schedule import schedule_of
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
@@ -33,7 +34,7 @@ def _diffusers_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         config = None
     config = config if isinstance(config, dict) else {}
-    return config if nested.is_file() or config.get("_class_name") == "UNet2DModel" else None
+    return config if nested.is_file() or config.get("_class_name") in KINDS else None
 
 
 def _meta(name: str, net: UNet, size: Any) -> dict[str, Any]:
@@ -64,9 +65,10 @@ def _ours(folder: Path) -> Denoiser:
 def load(name: str | Path) -> Denoiser:
     """A Denoiser, on the CPU and in evaluation mode, by the name of a model that comes with us, or from a folder.
 
-    A folder is one of ours (`fd.save`, checked against its checksums) or diffusers' UNet2DModel (config and
-    safetensors, with the scheduler's config where there is one). Raises FileNotFoundError where there is nothing,
-    ValueError where it is broken or of no known kind.
+    A folder is one of ours (`fd.save`, checked against its checksums) or diffusers' UNet2DModel or UNet2DConditionModel
+    (config and safetensors, with the scheduler's config where there is one). The latter is Stable Diffusion's: x is a
+    latent, `den.meta["vae_scaling_factor"]` times the autoencoder's, and cond the embedding of a text. Raises
+    FileNotFoundError where there is nothing, ValueError where it is broken or of no known kind.
     """
     # a folder of that name in the working directory is ./name
     folder = _SHIPPED / name if isinstance(name, str) and name in shipped() else Path(name)
@@ -79,9 +81,9 @@ def load(name: str | Path) -> Denoiser:
         ) from None
     config = _diffusers_config(found)
     if config is not None:
-        net, scheduler = read_unet2d(found)
+        net, scheduler = read_unet(found)
         schedule, predicts, defaults = schedule_of(scheduler)
-        meta = _meta(found.name, net, config.get("sample_size"))
+        meta = _meta(found.name, net, config.get("sample_size")) | vae_scaling(found)
         return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta=meta)
     den = _ours(folder)
     den.meta.setdefault("name", folder.name)

@@ -3,6 +3,17 @@
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, ResBlock, Sinusoid
 from fastdiff.nn.prepare import PreparedUNet, Tactics, prepare
+from fastdiff.nn.transformer import Transformer
 from fastdiff.nn.unet import UNet
 
-__all__ = ["Attention", "GroupNorm", "PreparedUNet", "ResBlock", "Sinusoid", "Tactics", "UNet", "prepare"]
+__all__ = [
+    "Attention",
+    "GroupNorm",
+    "PreparedUNet",
+    "ResBlock",
+    "Sinusoid",
+    "Tactics",
+    "Transformer",
+    "UNet",
+    "prepare",
+]

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-CONDITIONS = ("label", "number", "vector")
+CONDITIONS = ("label", "number", "vector", "features")
+
+Cond = Tensor | Mapping[str, Tensor] | None
+
+
+def level(v: Any, i: int) -> Any:
+    """What level i has of a number for all levels, or of one a level."""
+    return v[i] if isinstance(v, Sequence) else v
+
+
+def split(cond: Cond, condition: str) -> tuple[Tensor | None, Tensor | None]:
+    """(what the embedding is told, context) of the condition of a net with a context. Raises ValueError."""
+    if not isinstance(cond, Mapping):
+        return None, cond
+    unknown = cond.keys() - {"context", condition}
+    if unknown:
+        raise ValueError(f"UNet: cond has {sorted(unknown)[0]!r}; this net takes 'context' and {condition!r}")
+    return cond.get(condition), cond.get("context")
 
 
 def batched(name: str, v: Tensor, n: int) -> Tensor:
@@ -34,6 +52,12 @@ def check(**given: Any) -> None:
     need(given["condition"] == "label" or given["classes"] is None, "classes", "None, for condition is not 'label'")
     need(given["classes"] is None or given["classes"] >= 1, "classes", "None or a positive integer")
     need(not (given["heads"] and given["head_channels"]), "heads", "None where head_channels is given")
+    features = given["condition"] == "features"
+    need((given["condition_channels"] is not None) == features, "condition_channels", "a number with 'features' only")
+    for key in ("heads", "depth"):
+        fits = not isinstance(given[key], Sequence) or len(given[key]) == len(widths)
+        need(fits, key, f"one number, or one for each of the {len(widths)} levels")
+    need(given["context_channels"] is None or given["dims"] == 2, "dims", "2 with a context")
     groups = given["groups"]
     bad = [w for w in widths if groups is not None and (groups < 1 or w % groups)]
     need(not bad, "groups", f"a common divisor of the widths {widths}, or None for the greatest one up to 32")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdiff.nn.group_norm import GroupNorm
+from fastdiff.ops.tape import beside
 from fastdiff.ops.time_embed import time_embed
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -58,6 +59,11 @@ class Map(NamedTuple):
 def as_map(x: Tensor | Map) -> Map:
     """x itself, or with moments yet to be taken."""
     return Map(x) if isinstance(x, Tensor) else x
+
+
+def added(x: Tensor | Map, r: Tensor) -> Tensor:
+    """x + r; the moments of the sum are not known."""
+    return beside(torch.add, as_map(x).x, r.to(as_map(x).x.dtype))
 
 
 class Pool(nn.Module):
@@ -181,6 +187,15 @@ class ResBlock(nn.Module):
         return line.row[..., slice(*self.columns)]
 
 
+def heads_of(name: str, channels: int, heads: int | None, head_channels: int | None) -> int:
+    """The number of heads, given itself or by the channels of one, 1 for neither; `name` is who raises ValueError."""
+    found = heads or (channels // head_channels if head_channels else 1)
+    if found < 1 or channels % (head_channels or found):
+        given = f"head_channels={head_channels}" if head_channels else f"heads={heads}"
+        raise ValueError(f"{name}: {given} does not divide {channels} channels; pass a divisor")
+    return found
+
+
 class Attention(nn.Module):
     """y = (x + out(softmax(q k^T / sqrt(d)) v)) / divisor over all pixels,  [q, k, v] = qkv(norm(x)).
 
@@ -199,11 +214,8 @@ class Attention(nn.Module):
         divisor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.heads = heads or (channels // head_channels if head_channels else 1)
+        self.heads = heads_of("Attention", channels, heads, head_channels)
         self.divisor = divisor
-        if self.heads < 1 or channels % (head_channels or self.heads):
-            given = f"head_channels={head_channels}" if head_channels else f"heads={heads}"
-            raise ValueError(f"Attention: {given} does not divide {channels} channels; pass a divisor")
         self.norm = GroupNorm(groups, channels, eps) if groups else None
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zero(nn.Linear(channels, channels))
@@ -222,16 +234,32 @@ class Attention(nn.Module):
 class Stage(nn.Module):
     """ResBlock, then attention, then a resampling, each of the last two where given; `skip` joins in the ResBlock."""
 
-    def __init__(self, res: ResBlock, attention: Attention | None = None, resample: nn.Module | None = None) -> None:
+    def __init__(self, res: ResBlock, attention: nn.Module | None = None, resample: nn.Module | None = None) -> None:
         super().__init__()
         self.res, self.attention, self.resample = res, attention, resample
 
-    def forward(self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None) -> Tensor:
-        """(N, outputs, *spatial), resampled."""
+    def forward(
+        self, x: Tensor, emb: Tensor | TableRow, skip: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """(N, outputs, *spatial), resampled; context is the attention's where it is a Transformer."""
         x = self.res(x, emb, skip)
         if self.attention is not None:
-            x = self.attention(x)
+            x = self.attention(x) if context is None else self.attention(x, context)
         return x if self.resample is None else self.resample(x, emb)
+
+
+class Projection(nn.Module):
+    """Linear, SiLU, Linear: of given features (N, inputs) to (N, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(inputs, outputs)
+        self.linear2 = nn.Linear(outputs, outputs)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """(N, outputs) in the parameters' dtype."""
+        y: Tensor = self.linear2(functional.silu(self.linear1(v.to(self.linear1.weight.dtype))))
+        return y
 
 
 class Sinusoid(nn.Module):

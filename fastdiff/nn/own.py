@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from fastdiff.nn.convolved import Centered, Convolved, ConvolvedResBlock, Last, 
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
+from fastdiff.nn.transformed import ConvolvedTransformer
+from fastdiff.nn.transformer import Transformer
 from fastdiff.nn.unet import UNet
 from fastdiff.ops import dispatch
 from fastdiff.ops.norm_silu_conv import panels
@@ -44,17 +47,8 @@ def convolutions(twin: UNet, packer: Packer) -> None:
 
 def _made(child: nn.Module, packer: Packer) -> nn.Module | None:
     """What stands for a module, None for one that stays."""
-    if isinstance(child, ResBlock):
-        return _res_block(child, packer)
-    if isinstance(child, Attention):
-        return _attention(child, packer)
-    if isinstance(child, Up):
-        return _conv(child.conv, packer, upsample=True)
-    if isinstance(child, Down):
-        return _conv(child.conv, packer, stride=2, asymmetric=child.pad is not None)
-    if isinstance(child, (Pool, Nearest)):
-        return Resampled(child)
-    return None
+    make = _MAKERS.get(type(child))
+    return None if make is None else make(child, packer)
 
 
 def _conv(layer: Any, packer: Packer, norm: GroupNorm | None = None, **options: Any) -> Convolved:
@@ -92,3 +86,18 @@ def _res_block(block: ResBlock, packer: Packer) -> ConvolvedResBlock:
     for name in ("conv1", "norm2", "conv2", "shortcut", *(() if pools else ("norm1",))):
         setattr(empty, name, None)
     return ConvolvedResBlock(block, conv1, conv2, shortcut)
+
+
+def _transformer(child: Any, packer: Packer) -> ConvolvedTransformer:
+    return ConvolvedTransformer(_conv(child.inp, packer, child.norm), child.blocks, _conv(child.out, packer))
+
+
+_MAKERS: dict[type[nn.Module], Callable[[Any, Packer], nn.Module]] = {
+    ResBlock: _res_block,
+    Attention: _attention,
+    Transformer: _transformer,
+    Up: lambda up, packer: _conv(up.conv, packer, upsample=True),
+    Down: lambda down, packer: _conv(down.conv, packer, stride=2, asymmetric=down.pad is not None),
+    Pool: lambda pool, _: Resampled(pool),
+    Nearest: lambda nearest, _: Resampled(nearest),
+}

@@ -5,6 +5,7 @@ The copy follows the net: what was packed is checked before a call, and packed a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.nn import own
+from fastdiff.nn.arguments import Cond
 from fastdiff.nn.follow import LAST, Follower, Packer
 from fastdiff.nn.fp8 import Fp8Linear, Fp8Shortcut, fits
 from fastdiff.nn.known import is_bare
@@ -114,16 +116,17 @@ class PreparedUNet(nn.Module):
         self._tapes = Tapes(twin) if own.has(twin) and times is not None else None
         self.config, self.classes, self.factor, self.columns = twin.config, twin.classes, twin.factor, twin.columns
         self.in_channels, self.out_channels, self.dims = twin.in_channels, twin.out_channels, twin.dims
-        self.null, self.embed, self.deep_shape = twin.null, twin.embed, twin.deep_shape
+        self.null, self.embed, self.told, self.deep_shape = twin.null, twin.embed, twin.told, twin.deep_shape
 
     def forward(
         self,
         x: Tensor,
         t: Tensor | float | None,
-        cond: Tensor | None = None,
+        cond: Cond = None,
         *,
         table_row: Tensor | None = None,
         deep: Deep | None = None,
+        residuals: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """F (N, out_channels, *spatial) in the packed dtype, channels_last where x need not be; see UNet."""
         self._follow(x)
@@ -132,13 +135,13 @@ class PreparedUNet(nn.Module):
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
             x = x.to(self._made[1], memory_format=LAST[x.ndim])
         if self._tapes is not None and deep is None and table_row is not None:
-            played = self._tapes(x, table_row)
+            played = self._tapes(x, table_row, self.net.context(cond, x), residuals)
             if played is not None:
                 return played
-        F: Tensor = self.net(x, t, cond, table_row=table_row, deep=deep)
+        F: Tensor = self.net(x, t, cond, table_row=table_row, deep=deep, residuals=residuals)
         return F
 
-    def time_table(self, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def time_table(self, t: Tensor, cond: Cond = None) -> Tensor:
         """(K, columns), as UNet.time_table gives it; its lines are for this net only: biases may be folded into it."""
         self._follow(t)
         table: Tensor = self.net.time_table(t, cond) if self.times is None else self.times(self.embed(t, cond, t))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,64 +17,68 @@ KEPT = 4
 """Shapes; the one not used for longest goes first."""
 
 
+Inputs = tuple[Tensor | None, ...]
+"""x, row, context, residuals."""
+
+
 class Recorded(NamedTuple):
     """A tape, what it reads, and its result."""
 
     tape: Tape
-    x: Tensor
-    row: Tensor
+    inputs: Inputs
     F: Tensor
 
 
 class Tapes:
-    """F = net(x, None, table_row=row), played from a tape where one can be."""
+    """F = net(x, None, context, table_row=row, residuals=residuals), played from a tape where one can be."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        self._recorded: OrderedDict[tuple[torch.Size, torch.Size], Recorded | None] = OrderedDict()
+        self._recorded: OrderedDict[tuple[torch.Size | None, ...], Recorded | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, x: Tensor, row: Tensor) -> Tensor | None:
+    def __call__(
+        self, x: Tensor, row: Tensor, context: Tensor | None = None, residuals: Sequence[Tensor] | None = None
+    ) -> Tensor | None:
         """None where the net is to be called itself: for gradients, in a compiler, in another thread meanwhile ..."""
-        if not _plain(x, row) or not self._lock.acquire(blocking=False):
+        inputs = x, row, context, *(residuals or ())
+        if not _plain(*inputs) or not self._lock.acquire(blocking=False):
             return None
         try:
             with torch.no_grad():
-                return self._play(x, row)
+                return self._play(inputs)
         finally:
             self._lock.release()
 
-    def _play(self, x: Tensor, row: Tensor) -> Tensor | None:
-        key = x.shape, row.shape
+    def _play(self, inputs: Inputs) -> Tensor | None:
+        key = tuple(None if v is None else v.shape for v in inputs)
         if key in self._recorded:
             self._recorded.move_to_end(key)
             known = self._recorded[key]
             if known is None:
                 return None
-            known.x.copy_(x)
-            known.row.copy_(row)
+            for held, v in zip(known.inputs, inputs, strict=True):
+                if held is not None and v is not None:
+                    held.copy_(v)
             known.tape.play()
             return known.F.clone()
-        made = self._recorded[key] = self._record(x, row)
+        made = self._recorded[key] = self._record(inputs)
         while len(self._recorded) > KEPT:
             self._recorded.popitem(last=False)
         return None if made is None else made.F.clone()
 
-    def _record(self, x: Tensor, row: Tensor) -> Recorded | None:
+    def _record(self, inputs: Inputs) -> Recorded | None:
         # tensors of an inference mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
             tape = Tape()
-            n, channels, height, width = x.shape
-            held = tape.empty((n, height, width, channels), x.dtype).permute(0, 3, 1, 2)
-            line = tape.empty(tuple(row.shape), row.dtype)
-            held.copy_(x)
-            line.copy_(row)
+            held = tuple(None if v is None else _held(tape, v) for v in inputs)
+            x, row, context, *residuals = held
             try:
                 with recording_on(tape):
-                    F: Tensor = self.net(held, None, table_row=line)
+                    F: Tensor = self.net(x, None, context, table_row=row, residuals=residuals or None)
             except NotRecorded:
                 return None
-            return Recorded(tape, held, line, F) if tape.arena.holds(F) else None
+            return Recorded(tape, held, F) if tape.arena.holds(F) else None
 
     @property
     def nbytes(self) -> int:
@@ -81,16 +86,28 @@ class Tapes:
         return sum(made.tape.arena.nbytes for made in self._recorded.values() if made is not None)
 
 
-def _plain(x: Tensor, row: Tensor) -> bool:
+def _held(tape: Tape, v: Tensor) -> Tensor:
+    """v on the tape; an image is channels_last."""
+    if v.ndim == 4:
+        n, channels, height, width = v.shape
+        held = tape.empty((n, height, width, channels), v.dtype).permute(0, 3, 1, 2)
+    else:
+        held = tape.empty(tuple(v.shape), v.dtype)
+    return held.copy_(v)
+
+
+def _plain(*inputs: Tensor | None) -> bool:
     """Whether nothing but the kernels looks at the call, and they take it."""
+    x, given = inputs[0], [v for v in inputs if v is not None]
     return (
-        library.plain(x, row)
+        x is not None
+        and library.plain(*given)
         and x.ndim == 4
         and x.numel() > 0
         and dispatch.asked() in ("auto", "cpp")
         and not torch.is_autocast_enabled("cpu")
         # tensors of a transform are none that could be copied to a tape
         and not dispatch.transforms()
-        and x.dtype is row.dtype is torch.float32
-        and native.refuses(x, row) is None
+        and all(v.dtype is torch.float32 for v in given)
+        and native.refuses(*given) is None
     )

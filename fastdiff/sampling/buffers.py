@@ -161,5 +161,6 @@ def _write(held: Tensor, given: Tensor, halves: int = 1) -> Tensor:
 def _project(table: Tensor, times: Tensor, net: Any, cond: Cond) -> None:
     """All time projections of all rows, (rows, lines, width), as one matrix product."""
     rows, lines, _ = table.shape
-    each = None if cond is None else map_cond(lambda c: c.repeat(rows, *(1,) * (c.ndim - 1)), cond)
+    told = net.told(cond)
+    each = None if told is None else map_cond(lambda c: c.repeat(rows, *(1,) * (c.ndim - 1)), told)
     table.copy_(net.time_table(times.repeat_interleave(lines), each).unflatten(0, (rows, lines)))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.formats.diffusers.read import WEIGHTS, read_unet2d
+from fastdiff.formats.diffusers.convert import convert
+from fastdiff.formats.diffusers.read import WEIGHTS, read_unet
 from fastdiff.formats.diffusers.schedule import schedule_of
-from fastdiff.formats.diffusers.unet2d import convert_unet2d
 from fastdiff.formats.load import load
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.sampling.sampler import Sampler
@@ -137,7 +137,7 @@ class Sinusoid64(nn.Module):
 def test_nets_agree(name: str, tmp_path: Path) -> None:
     theirs = peer(name)
     theirs.save_pretrained(tmp_path)
-    ours, scheduler = read_unet2d(tmp_path)
+    ours, scheduler = read_unet(tmp_path)
     assert scheduler == {}
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     x, t, cond = inputs(theirs)
@@ -156,7 +156,7 @@ def test_nets_agree(name: str, tmp_path: Path) -> None:
 
 def test_gradients_agree() -> None:
     theirs = peer("scale_shift").double()
-    ours = convert_unet2d(dict(theirs.config), theirs.state_dict())
+    ours = convert(dict(theirs.config), theirs.state_dict())
     assert ours.stem.weight.dtype == torch.float64
     theirs.time_proj = Sinusoid64(8, True, 0)
     x, t, _ = inputs(theirs)
@@ -186,7 +186,7 @@ def test_a_pipeline_folder_with_old_attention_names(tmp_path: Path) -> None:
     save_file(state, tmp_path / "unet" / WEIGHTS)
     x, t, _ = inputs(theirs)
     for folder in (tmp_path, tmp_path / "unet"):
-        ours, config = read_unet2d(folder)
+        ours, config = read_unet(folder)
         assert config["variance_type"] == "fixed_large"
         with torch.no_grad():
             assert far(ours(x, t), theirs(x, t).sample) < 1e-5
@@ -194,7 +194,7 @@ def test_a_pipeline_folder_with_old_attention_names(tmp_path: Path) -> None:
 
 def test_half_precision_weights_are_widened() -> None:
     theirs = peer("classes").half()
-    ours = convert_unet2d(dict(theirs.config), theirs.state_dict())
+    ours = convert(dict(theirs.config), theirs.state_dict())
     x, t, cond = inputs(theirs)
     with torch.no_grad():
         assert far(ours(x, t, cond), theirs.float()(x, t, cond).sample) < 1e-5
@@ -204,29 +204,29 @@ def test_broken_checkpoints_say_so(tmp_path: Path) -> None:
     theirs = peer("ddpm")
     config, state = dict(theirs.config), theirs.state_dict()
     with pytest.raises(ValueError, match=r"do not fit the config: mid_block\.attentions\.0\.to_k\.bias is missing;"):
-        convert_unet2d(config, {k: v for k, v in state.items() if k != "mid_block.attentions.0.to_k.bias"})
+        convert(config, {k: v for k, v in state.items() if k != "mid_block.attentions.0.to_k.bias"})
     with pytest.raises(ValueError, match=r"config: ema\.decay is left over;"):
-        convert_unet2d(config, state | {"ema.decay": torch.ones(1)})
+        convert(config, state | {"ema.decay": torch.ones(1)})
     with pytest.raises(ValueError, match=r"conv_in\.weight has shape \(8, 3, 1, 1\), not \(8, 3, 3, 3\)"):
-        convert_unet2d(config, state | {"conv_in.weight": torch.ones(8, 3, 1, 1)})
+        convert(config, state | {"conv_in.weight": torch.ones(8, 3, 1, 1)})
     with pytest.raises(ValueError, match=r"and \d+ more"):
-        convert_unet2d(config | {"layers_per_block": 1}, state)
+        convert(config | {"layers_per_block": 1}, state)
     with pytest.raises(ValueError, match=r"holds no config\.json beside"):
-        read_unet2d(tmp_path)
+        read_unet(tmp_path)
     theirs.save_pretrained(tmp_path)
     weights = tmp_path / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ValueError, match=r"\(5000 bytes\) is cut off or broken"):
-        read_unet2d(tmp_path)
+        read_unet(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json cannot be read as JSON"):
-        read_unet2d(tmp_path)
+        read_unet(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("_class_name", "UNet2DConditionModel"),
+        ("_class_name", "UNet3DConditionModel"),
         ("time_embedding_type", "fourier"),
         ("act_fn", "gelu"),
         ("down_block_types", [DOWN, "SkipDownBlock2D", DOWN]),
@@ -247,11 +247,11 @@ def test_unsupported_nets_name_the_key(key: str, value: object) -> None:
     theirs = peer("ddpm")
     if value == [DOWN, ATTN_DOWN, RES_DOWN]:
         # the last block never resamples, so this is the same net
-        assert convert_unet2d(dict(theirs.config) | {key: value}, theirs.state_dict()).config["attention"] == [2]
+        assert convert(dict(theirs.config) | {key: value}, theirs.state_dict()).config["attention"] == [2]
         return
     named = "(up|down)_block_types" if "down_block" in key or key == "downsample_type" else key
     with pytest.raises(ValueError, match=rf"diffusers: {named}=.*accepted: "):
-        convert_unet2d(dict(theirs.config) | {key: value}, theirs.state_dict())
+        convert(dict(theirs.config) | {key: value}, theirs.state_dict())
 
 
 BETAS = [

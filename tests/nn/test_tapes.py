@@ -265,7 +265,7 @@ def test_each_shape_has_its_tape_and_the_oldest_goes():
             # the first is used again and again
             fast(*inputs(net, 1))
             arenas.append(weakref.ref(list(fast._tapes._recorded.values())[-1 if n == 1 else -2].tape.arena))
-    sizes = [shape[0] for shape, _ in fast._tapes._recorded]
+    sizes = [shape[0] for shape, *_ in fast._tapes._recorded]
     assert recorded(fast) == tapes.KEPT
     assert sizes == [*range(4, tapes.KEPT + 3), 1]
     gc.collect()

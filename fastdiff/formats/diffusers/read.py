@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastdiff.formats.diffusers.unet2d import convert_unet2d
+from fastdiff.formats.diffusers.convert import convert
 from fastdiff.nn.unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,8 +24,8 @@ def _json(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_unet2d(folder: str | Path) -> tuple[UNet, dict[str, Any]]:
-    """(net, scheduler's config) from a folder that diffusers' `save_pretrained` wrote, a pipeline's or a UNet2DModel's.
+def read_unet(folder: str | Path) -> tuple[UNet, dict[str, Any]]:
+    """(net, scheduler's config) from a folder that diffusers' `save_pretrained` wrote, a pipeline's or a U-Net's.
 
     Looks for config.json and diffusion_pytorch_model.safetensors in `folder` or `folder`/unet, and for
     scheduler_config.json in a scheduler folder beside them or with them; {} where there is none. Raises ValueError with
@@ -53,4 +53,13 @@ def read_unet2d(folder: str | Path) -> tuple[UNet, dict[str, Any]]:
         ) from error
     places = (root / "scheduler", unet, unet.parent / "scheduler")
     found = [p / "scheduler_config.json" for p in places if (p / "scheduler_config.json").is_file()]
-    return convert_unet2d(config, state), _json(found[0]) if found else {}
+    return convert(config, state), _json(found[0]) if found else {}
+
+
+def vae_scaling(folder: str | Path) -> dict[str, float]:
+    """{"vae_scaling_factor": s} of a latent diffusion's folder, whose x is s times what its autoencoder gives, else {}.
+
+    Rombach 2022, appendix G: s makes the latents' variance one.
+    """
+    path = Path(folder) / "vae" / "config.json"
+    return {"vae_scaling_factor": float(_json(path).get("scaling_factor", 0.18215))} if path.is_file() else {}

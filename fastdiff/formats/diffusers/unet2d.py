@@ -1,19 +1,14 @@
-"""diffusers' `UNet2DModel` as our `UNet`: what its config means, and which of its tensors make each of ours.
+"""What the config of diffusers' `UNet2DModel` means for our `UNet`.
 
 Whatever would change the result and is not understood is a ValueError that names the key.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastdiff.formats.diffusers.schedule import one_of, refuse
-from fastdiff.nn.unet import UNet
 
 _UNET: dict[str, Any] = {
     "sample_size": None,
@@ -71,10 +66,8 @@ def _levels(c: Mapping[str, Any]) -> tuple[list[int], bool]:
     return [2**i for i, here in enumerate(attention["down"]) if here], ways == {"resnet"}
 
 
-def _keywords(config: Mapping[str, Any]) -> dict[str, Any]:
+def keywords(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `UNet` that a UNet2DModel's config means."""
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise refuse("_class_name", config["_class_name"], "'UNet2DModel'")
     unknown = [k for k in config if k not in _UNET and not k.startswith("_")]
     if unknown:
         raise refuse(unknown[0], config[unknown[0]], f"the keys of UNet2DModel, {', '.join(_UNET)}")
@@ -122,81 +115,3 @@ def _keywords(config: Mapping[str, Any]) -> dict[str, Any]:
         "shift": c["freq_shift"],
         "center_input": c["center_input_sample"],
     }
-
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_LEAVES = {
-    "linear1": "linear_1",
-    "linear2": "linear_2",
-    "time": "time_emb_proj",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "out": "to_out.0",
-}
-
-
-def _modules(levels: int, blocks: int) -> dict[str, str]:
-    """Our module's name to diffusers', for everything that holds weights."""
-    names = {"stem": "conv_in", "time": "time_embedding", "cond": "class_embedding"}
-    names |= {"norm": "conv_norm_out", "out": "conv_out", "middle.0.attention": "mid_block.attentions.0"}
-    names |= {f"middle.{j}.res": f"mid_block.resnets.{j}" for j in range(2)}
-    for i in range(levels):
-        for j in range(blocks):
-            k = i * (blocks + 1) + j
-            names[f"down.{k}.res"] = f"down_blocks.{i}.resnets.{j}"
-            names[f"down.{k}.attention"] = f"down_blocks.{i}.attentions.{j}"
-        names[f"down.{i * (blocks + 1) + blocks}"] = f"down_blocks.{i}.downsamplers.0"
-        for j in range(blocks + 1):
-            k = i * (blocks + 1) + j
-            names[f"up.{k}.res"] = f"up_blocks.{i}.resnets.{j}"
-            names[f"up.{k}.attention"] = f"up_blocks.{i}.attentions.{j}"
-            names[f"up.{k}.resample"] = f"up_blocks.{i}.upsamplers.0"
-    return names
-
-
-def _theirs(ours: str, modules: Mapping[str, str]) -> list[str]:
-    """diffusers' names of the tensors that make our parameter `ours`; three for a packed qkv."""
-    parts = ours.split(".")
-    cut = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules)
-    module, leaf = modules[".".join(parts[:cut])], parts[cut:]
-    if leaf[0] == "qkv":
-        return [f"{module}.{name}.{leaf[1]}" for name in ("to_q", "to_k", "to_v")]
-    return [".".join([module, *(_LEAVES.get(part, part) for part in leaf)])]
-
-
-def convert_unet2d(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
-    """A diffusers UNet2DModel as our `UNet`, with its weights; parameters narrower than float32 are widened to it.
-
-    config: as in its config.json. state: its state_dict, with the old attention names (query, key, value, proj_attn) or
-    the new ones. A net with num_class_embeds has these classes and no null class: diffusers does not say which label
-    means none. out_channels = 2 in_channels is taken for a learned variance. Raises ValueError naming the key of the
-    config that is not supported, or the weights that are missing, left over or of another shape.
-    """
-    keywords = _keywords(config)
-    with torch.device("meta"):
-        net = UNet(**keywords)
-    old = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\.")
-    given = {old.sub(lambda m: f"{m[1]}{_OLD_ATTENTION[m[2]]}.", name): t for name, t in state.items()}
-    modules = _modules(len(keywords["mults"]), keywords["blocks"])
-    ours = {name: (p.shape, _theirs(name, modules)) for name, p in net.state_dict().items()}
-    wanted = {t for _, names in ours.values() for t in names}
-    wrong = [f"{name} is missing" for name in sorted(wanted - given.keys())]
-    wrong += [f"{name} is left over" for name in sorted(given.keys() - wanted)]
-    weights = {}
-    for name, (shape, names) in ours.items():
-        if not all(n in given for n in names):
-            continue
-        part = (shape[0] // len(names), *shape[1:])
-        bad = [n for n in names if tuple(given[n].shape) != part]
-        wrong += [f"{n} has shape {tuple(given[n].shape)}, not {part}" for n in bad]
-        if not bad:
-            t = torch.cat([given[n] for n in names])
-            weights[name] = t.to(torch.promote_types(t.dtype, torch.float32))
-    if wrong:
-        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError(
-            f"diffusers: the weights do not fit the config: {'; '.join(wrong[:4])}{more}; "
-            "take config.json and the weights from one checkpoint"
-        )
-    net.load_state_dict(weights, assign=True)
-    return net
