@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastdiff.files.data import load_data as load_data
     from fastdiff.files.images import save_grid as save_grid
     from fastdiff.formats.load import load as load, save as save
+    from fastdiff.formats.optimize import optimize as optimize
     from fastdiff.nn.patch import Patched as Patched, patch as patch
     from fastdiff.nn.unet import UNet as UNet
     from fastdiff.ops.dispatch import BackendUnavailable as BackendUnavailable, backend as backend, why as why
@@ -65,6 +66,7 @@ _HOMES = {
     "fastdiff.files.data": ("load_data",),
     "fastdiff.files.images": ("save_grid",),
     "fastdiff.formats.load": ("load", "save"),
+    "fastdiff.formats.optimize": ("optimize",),
     "fastdiff.nn.patch": ("Patched", "patch"),
     "fastdiff.nn.unet": ("UNet",),
     "fastdiff.ops.dispatch": ("BackendUnavailable", "backend", "why"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,10 @@ Net = TypeVar("Net", bound=nn.Module)
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The layout of tensors by their number of axes, where channels are to be last."""
+
+
+class Restructured(ValueError):
+    """The net has other modules, parameters or shapes than it had."""
 
 
 class Recipe(NamedTuple):
@@ -75,6 +79,18 @@ class Packer:
             recipe = Recipe(lambda source, name=name: _wide(source[name]), frozenset([name]), self.dtype)  # type: ignore[misc]
             known.setdefault(id(p), self._stand_in(recipe))
         return copy.deepcopy(self.net, known)
+
+    def adopt(self, net: nn.Module, made: Mapping[str, tuple[tuple[str, ...], Callable[..., Tensor]]]) -> None:
+        """Give `net`, which has other modules, stand-ins: its name to (names in the net, what is made of them)."""
+        for name, (sources, make) in made.items():
+
+            def value(source: Mapping[str, Tensor], sources: Any = sources, make: Any = make) -> Tensor:
+                y: Tensor = make(*(_wide(source[s]) for s in sources))
+                return y
+
+            path, _, key = name.rpartition(".")
+            stand_in = self._stand_in(Recipe(value, frozenset(sources), self.dtype))
+            net.get_submodule(path)._parameters[key] = stand_in
 
     def derive(self, make: Callable[..., Tensor], *args: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
         """A stand-in for make(*args), rounded once to dtype (None: the twin's), of stand-ins in float32 at least."""
@@ -158,14 +174,14 @@ class Follower:
         was, modules = self._modules, dict(self.net.named_modules())
         for name in was | modules:
             if was.get(name) is not modules.get(name):
-                raise ValueError(f"prepare: module {name!r} of the net is not the one that was prepared{again}")
+                raise Restructured(f"prepare: module {name!r} of the net is not the one that was prepared{again}")
         now = _named(self.net)
         for name in self._shapes.keys() ^ now.keys():
-            raise ValueError(f"prepare: parameter {name!r} of the net was added or taken away since{again}")
+            raise Restructured(f"prepare: parameter {name!r} of the net was added or taken away since{again}")
         for name, p in now.items():
             if p.shape != self._shapes[name]:
                 shapes = f"{tuple(p.shape)}, it was {tuple(self._shapes[name])}"
-                raise ValueError(f"prepare: parameter {name!r} of the net is {shapes}{again}")
+                raise Restructured(f"prepare: parameter {name!r} of the net is {shapes}{again}")
         return now
 
 

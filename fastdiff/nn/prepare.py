@@ -89,7 +89,14 @@ def prepare(
         tactics = tactics._replace(winograd=False)
     with torch.inference_mode(False), torch.no_grad():
         packer = Packer(net, dtype or net.time.linear1.weight.dtype, tactics.channels_last)
-        twin: Any = packer.twin().eval()
+        twin: Any = packer.twin()
+        return assemble(twin, packer, tactics, follow)
+
+
+def assemble(twin: UNet, packer: Packer, tactics: Tactics, follow: bool = True) -> PreparedUNet:
+    """The net that `twin`, whose parameters are packer's stand-ins, becomes by `tactics`."""
+    with torch.inference_mode(False), torch.no_grad():
+        twin.eval()
         return PreparedUNet(twin, swap(twin, packer, tactics), packer, tactics, follow)
 
 
