@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from fastdiff.formats.lora import NotRead
 from fastdiff.nn.follow import Packer, Restructured
 from fastdiff.nn.patch import patch
 from fastdiff.nn.prepare import PreparedUNet, Tactics, assemble
+from fastdiff.nn.unet import UNet
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -80,9 +82,31 @@ class Engine:
     def read(self) -> str | None:
         """Read the model: why that cannot be, or None."""
         try:
-            self.kind.read(self.model)
+            net, _ = self.kind.read(self.model)
+            return None if self.kind.sure else self._differs(net)
         except (NotRead, ValueError) as error:
             return str(error)
+
+    def _differs(self, net: UNet) -> str | None:
+        """Why the model is not what it looks like, found by a small call; None where both agree."""
+        p = next(self.model.parameters())
+        draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+        x = draw(2, net.in_channels, *[2 * net.factor] * 2).to(p.device, p.dtype)
+        labels = {} if net.classes is None else {"y": torch.tensor([0, net.classes - 1], device=p.device)}
+        modes = {m: m.training for m in self.model.modules()}
+        try:
+            with torch.no_grad():
+                self.model.eval()
+                t = torch.tensor([3, 500], device=p.device)
+                want, got = self.model(x, t, **labels), self(self.model, (x, t), labels)
+        finally:
+            for m, mode in modes.items():
+                m.training = mode
+        if got is NotImplemented:
+            return self._reason or "it takes other arguments"
+        bound = 1e-3 if p.dtype == torch.float32 else 5e-2
+        if not (got - want).double().norm() <= bound * want.double().norm():
+            return f"a {type(self.model).__name__} of {type(self.model).__module__} computes something else"
         return None
 
     def __call__(self, face: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,7 +176,7 @@ class Engine:
     def _pack(self, scale: float) -> PreparedUNet:
         net, names = self.kind.read(self.model)
         there = weights(self.model, self.kind.ours, scale)
-        made = self.kind.join(net, names, there)
+        made = known.made(net, names, there, dict(self.model.named_parameters()))
         packer = Packer(self.model, next(self.model.parameters()).dtype, self.tactics.channels_last)
         packer.adopt(net, made)
         return assemble(net, packer, self.tactics)

@@ -11,13 +11,14 @@ from torch import Tensor
 from fastdiff.formats.diffusers import condition, unet2d
 from fastdiff.formats.diffusers.names import modules, renamed, theirs
 from fastdiff.formats.diffusers.schedule import refuse
+from fastdiff.formats.names import Parts, fits, join
 from fastdiff.nn.unet import UNet
 
 KINDS = {"UNet2DModel": unet2d.keywords, "UNet2DConditionModel": condition.keywords}
 """Class of diffusers, and what its config means."""
 
 
-def empty(config: Mapping[str, Any]) -> tuple[UNet, dict[str, list[str]]]:
+def empty(config: Mapping[str, Any]) -> tuple[UNet, dict[str, Parts]]:
     """(the net that a config describes, without memory; our parameter: the tensors of diffusers that make it).
 
     config: as in config.json. Raises ValueError naming the key that is not supported.
@@ -29,18 +30,7 @@ def empty(config: Mapping[str, Any]) -> tuple[UNet, dict[str, list[str]]]:
         net = UNet(**KINDS[kind](config))
     cond = "class_embedding" if config.get("addition_embed_type") is None else "add_embedding"
     names = modules(net, cond)
-    return net, {name: theirs(name, names) for name in net.state_dict()}
-
-
-def join(parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Our parameter from diffusers' tensors, one below the other; a 1x1 convolution is a matrix."""
-    return torch.cat(parts).reshape(shape) if len(parts) > 1 or parts[0].shape != shape else parts[0]
-
-
-def fits(part: Tensor, shape: tuple[int, ...], parts: int) -> bool:
-    """Whether `part` is one of as many parts of a parameter of this shape."""
-    tail = tuple(part.shape[1:])
-    return part.shape[0] * parts == shape[0] and (tail == shape[1:] or tail == (*shape[1:], 1, 1))
+    return net, {name: Parts(theirs(name, names)) for name in net.state_dict()}
 
 
 def convert(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
@@ -53,12 +43,12 @@ def convert(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
     """
     net, names = empty(config)
     given = renamed(state)
-    wanted = {t for parts in names.values() for t in parts}
+    wanted = {t for parts in names.values() for t in parts.names}
     wrong = [f"{name} is missing" for name in sorted(wanted - given.keys())]
     wrong += [f"{name} is left over" for name in sorted(given.keys() - wanted)]
     weights = {}
     for name, p in net.state_dict().items():
-        parts, shape = names[name], tuple(p.shape)
+        parts, shape = names[name].names, tuple(p.shape)
         if not all(n in given for n in parts):
             continue
         bad = [n for n in parts if not fits(given[n], shape, len(parts))]
