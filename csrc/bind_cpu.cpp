@@ -310,9 +310,9 @@ Kernel attention_of(const py::tuple& in) {
     Kernel kernel{Kernel::ATTENTION, {}};
     const auto whole = [&](int i) { return in[i].cast<int64_t>(); };
     const auto floats = [&](int i) { return at<float>(in[i].cast<uintptr_t>()); };
-    const int64_t channels = whole(6) * whole(7);
-    kernel.attention = {floats(0), floats(1), floats(2), whole(3), whole(4), whole(5), whole(6), whole(7),
-                        Sum{floats(8), channels, channels, nullptr, {}, floats(9), at<double>(in[10].cast<uintptr_t>())}};
+    const int64_t channels = whole(8) * whole(9);
+    kernel.attention = {floats(0), floats(1), floats(2), whole(3), whole(4), whole(5), whole(6), whole(7), whole(8), whole(9),
+                        Sum{floats(10), channels, channels, nullptr, {}, floats(11), at<double>(in[12].cast<uintptr_t>())}};
     return kernel;
 }
 

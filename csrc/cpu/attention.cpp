@@ -13,7 +13,7 @@ constexpr int64_t SCORES = 65536, FEWEST = 8, QUERIES = 64;
 constexpr int64_t RUN = 16;
 
 struct Layout {
-    int64_t tokens, keys, wide;  // of an image; these, and a head's channels, in whole panels
+    int64_t tokens, line, wide;  // of an image; its keys, and a head's channels, in whole panels
     int64_t copied;              // floats of a head's values, where they are copied
     int64_t queries, parts;      // of a part, of a head
     int64_t heads;               // of all images
@@ -22,14 +22,14 @@ struct Layout {
 
     Layout(const Attention& call, int threads) {
         tokens = call.tokens, heads = call.images * call.heads;
-        keys = divided(tokens, PANEL) * PANEL, wide = divided(call.depth, PANEL) * PANEL;
-        queries = larger(FEWEST, smaller(QUERIES, SCORES / larger(keys, 1)));
+        line = divided(call.keys, PANEL) * PANEL, wide = divided(call.depth, PANEL) * PANEL;
+        queries = larger(FEWEST, smaller(QUERIES, SCORES / larger(line, 1)));
         parts = divided(tokens, queries);
-        keys_of = keys * call.depth;
-        copied = wide == call.depth ? 0 : call.tokens * wide;
+        keys_of = line * call.depth;
+        copied = wide == call.depth ? 0 : call.keys * wide;
         values = heads * keys_of, partial = values + heads * copied;
         own = partial + padded(call.out.moments ? call.images * parts * call.out.channels * 4 : 0);
-        each = padded(queries * (keys + PANEL + LANES));
+        each = padded(queries * (line + PANEL + LANES));
         bytes = (own + threads * each) * 4;
     }
 
@@ -77,8 +77,8 @@ struct Head {
 };
 
 inline Head head_of(const Attention& call, int64_t i) {
-    const int64_t n = i / call.heads, channel = i % call.heads * call.depth, at = n * call.tokens * call.apart + channel;
-    return {call.q + at, call.k + at, call.v + at, n, channel};
+    const int64_t n = i / call.heads, channel = i % call.heads * call.depth, at = n * call.keys * call.keys_apart + channel;
+    return {call.q + n * call.tokens * call.apart + channel, call.k + at, call.v + at, n, channel};
 }
 
 // The keys of one panel of tokens as columns: (depth, 32), zeros behind the last.
@@ -87,8 +87,8 @@ inline void turn_keys(const Attention& call, const float* k, int64_t first, floa
     for (int64_t low = 0; low < call.depth; low += BLOCK) {
         const int64_t high = smaller(low + BLOCK, call.depth);
         for (int64_t t = 0; t < PANEL; ++t) {
-            const float* from = k + (first + t) * call.apart;
-            const bool there = first + t < call.tokens;
+            const float* from = k + (first + t) * call.keys_apart;
+            const bool there = first + t < call.keys;
             for (int64_t c = low; c < high; ++c) out[c * PANEL + t] = there ? from[c] : 0;
         }
     }
@@ -102,32 +102,32 @@ void attention(const Attention& call, void* memory, const Team& team) {
     const Layout lay(call, team.threads);
     float *room = (float*)memory, *values = room + lay.values, *own = room + lay.own + team.thread * lay.each;
     double* partial = call.out.moments ? (double*)(room + lay.partial) : nullptr;
-    const int64_t panels = lay.keys / PANEL, d = call.depth;
+    const int64_t panels = lay.line / PANEL, d = call.depth;
     team.share(lay.heads, panels, [&](int64_t head, int64_t first, int64_t end) {
         const Head h = head_of(call, head);
         for (int64_t i = first; i < end; ++i) {
             turn_keys(call, h.k, i * PANEL, room + head * lay.keys_of + i * d * PANEL);
-            for (int64_t t = i * PANEL; lay.copied && t < smaller((i + 1) * PANEL, call.tokens); ++t)
+            for (int64_t t = i * PANEL; lay.copied && t < smaller((i + 1) * PANEL, call.keys); ++t)
                 for (int64_t c = 0; c < lay.wide; ++c)
-                    values[head * lay.copied + t * lay.wide + c] = c < d ? h.v[t * call.apart + c] : 0;
+                    values[head * lay.copied + t * lay.wide + c] = c < d ? h.v[t * call.keys_apart + c] : 0;
         }
     });
     team.wait();
     const float scale = (float)(-(double)MINUS_LOG2_E / __builtin_sqrt((double)d));
-    float *scores = own, *m = scores + lay.queries * lay.keys, *shares = m + lay.queries * PANEL;
+    float *scores = own, *m = scores + lay.queries * lay.line, *shares = m + lay.queries * PANEL;
     team.share(lay.heads * lay.parts, 1, [&](int64_t task, int64_t, int64_t) {
         const Head h = head_of(call, task / lay.parts);
         const int64_t part = task % lay.parts, first = part * lay.queries, count = lay.pixels(part);
         const float* keys = room + task / lay.parts * lay.keys_of;
         const float* v = lay.copied ? values + task / lay.parts * lay.copied : h.v;
-        const int64_t next = lay.copied ? lay.wide : call.apart;
+        const int64_t next = lay.copied ? lay.wide : call.keys_apart;
         for (int64_t i = 0; i < panels; ++i)
             product(h.q + first * call.apart, call.apart, count, keys + i * d * PANEL, PANEL, d, scores + i * PANEL, false,
-                    PANEL, lay.keys);
-        for (int64_t r = 0; r < count; ++r) shares[r] = softmax(scores + r * lay.keys, call.tokens, scale);
+                    PANEL, lay.line);
+        for (int64_t r = 0; r < count; ++r) shares[r] = softmax(scores + r * lay.line, call.keys, scale);
         for (int64_t c = 0; c < d; c += PANEL) {
-            for (int64_t t = 0; t < call.tokens; t += RUN)
-                product(scores + t, lay.keys, count, v + t * next + c, next, smaller(RUN, call.tokens - t), m, t > 0,
+            for (int64_t t = 0; t < call.keys; t += RUN)
+                product(scores + t, lay.line, count, v + t * next + c, next, smaller(RUN, call.keys - t), m, t > 0,
                         PANEL);
             for (int64_t i = 0; i < PANEL && c + i < d; i += LANES) {
                 Writer writer(call.out, h.image, h.channel + c + i, h.channel + d,

@@ -42,10 +42,11 @@ struct Conv {
     int64_t stride, before;  // of the windows of 3x3, and how many zeros lie before the first pixel of an axis
 };
 
-// out of q, k and v (N, tokens, heads, depth), whose tokens are `apart` floats apart; without bias and add
+// out of q (N, tokens, heads, depth) and of k and v (N, keys, heads, depth), whose tokens are `apart` and `keys_apart`
+// floats apart; without bias and add
 struct Attention {
     const float *q, *k, *v;
-    int64_t apart, images, tokens, heads, depth;
+    int64_t apart, keys_apart, images, tokens, keys, heads, depth;
     Sum out;
 };
 

@@ -1,4 +1,4 @@
-"""Attention of all pixels to all pixels, between its two projections.
+"""Attention of all pixels to all pixels, or to other tokens, between its projections.
 
     y = softmax(q k^T / sqrt(d)) v + residual
 
@@ -22,9 +22,10 @@ def attention_ref(
     q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, *, measure: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The formula above in plain PyTorch, and the result's mean and variance (N, C, 2) where asked for."""
-    n, tokens, channels = q.shape
-    own = n, tokens, heads, channels // heads
-    q, k, v = (x.reshape(own).transpose(1, 2) for x in (q, k, v))  # (N, heads, L, d) each
+    n, _, channels = q.shape
+    own = heads, channels // heads
+    # (N, heads, L, d), and k and v (N, heads, M, d)
+    q, k, v = (x.reshape(n, x.shape[1], *own).transpose(1, 2) for x in (q, k, v))
     # torch's fused one has no second derivative on CPUs, and none in forward mode
     y: Tensor = (q @ k.mT / q.shape[3] ** 0.5).softmax(3) @ v
     y = y.transpose(1, 2).flatten(2)
@@ -68,7 +69,10 @@ def attention(qkv: Tensor, heads: int = 1) -> Tensor:
 def attended(
     q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, *, measure: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`attention` without its checks, residual (N, L, C) added: the result, and where measure its moments (N, C, 2)."""
+    """`attention` without its checks, residual (N, L, C) added: the result, and where measure its moments (N, C, 2).
+
+    q (N, L, C); k, v (N, M, C), of the same tokens or of M >= 1 others, as those of a text.
+    """
     y, moments = library.call("attention", q, k, v, heads, residual, measure=measure)
     return y, moments
 

@@ -1,4 +1,4 @@
-"""Description of attention."""
+"""Descriptions of attention: of all tokens to all, and to those of another tensor."""
 
 from __future__ import annotations
 
@@ -31,6 +31,23 @@ _ATTENTION = {
     "threads": (1, 2, 3),
 }
 
+_ACROSS = {
+    # N, tokens, keys, channels of a head
+    "shape": (
+        *((2, 1, 1, 5), (3, 5, 1, 1), (2, 1, 77, 40), (0, 9, 4, 8), (3, 33, 7, 3), (2, 7, 33, 24), (1, 100, 77, 40)),
+        *((2, 70, 16, 64), (1, 9, 200, 20), (3, 20, 31, 100), (2, 65, 32, 80)),
+    ),
+    "heads": (1, 2, 3),
+    "q": ("contiguous", "cropped", "padded", "transposed", "unaligned", "shared"),
+    # k and v: two halves of one tensor, or two of their own
+    "kv": ("halves", "contiguous", "cropped", "transposed", "unaligned", "expanded", "shared"),
+    "regime": ("plain", "tiny", "constant", "nan", "inf"),
+    "times": (1.0, 0.01, 60.0),
+    "residual": (None, "contiguous", "transposed"),
+    "measure": (False, True),
+    "threads": (1, 2, 3),
+}
+
 
 def _inputs(cell: Cell, g: torch.Generator) -> Args:
     n, tokens, depth = cell["shape"]
@@ -45,7 +62,24 @@ def _inputs(cell: Cell, g: torch.Generator) -> Args:
     }
 
 
+def _inputs_across(cell: Cell, g: torch.Generator) -> Args:
+    n, tokens, keys, depth = cell["shape"]
+    width = cell["heads"] * depth
+    q = numbers((n, tokens, width), cell["regime"], torch.float32, g) * cell["times"]
+    kv = numbers((n, keys, 2 * width), cell["regime"], torch.float32, g)
+    halves = kv.chunk(2, 2)
+    k, v = halves if cell["kv"] == "halves" else (laid(half.contiguous(), cell["kv"]) for half in halves)
+    residual = torch.randn((n, tokens, width), generator=g)
+    return {
+        **{"q": laid(q, cell["q"]), "keys": k, "values": v},
+        "residual": None if cell["residual"] is None else laid(residual, cell["residual"]),
+        **{name: cell[name] for name in ("heads", "measure", "threads")},
+    }
+
+
 def _split(args: Args) -> tuple[Tensor, ...]:
+    if "q" in args:
+        return args["q"], args["keys"], args["values"]
     q, k, v = args["qkv"].chunk(3, 2)
     return (q, v, k) if args["parts"] == "qvk" else (q, k, v)
 
@@ -57,7 +91,7 @@ def _outputs(y: Tensor, moments: Tensor) -> Outputs:
 def _call(args: Args) -> Outputs:
     heads, residual = args["heads"], args["residual"]
     with _on(args["threads"]):
-        if args["parts"] is None and residual is None and not args["measure"]:
+        if "qkv" in args and args["parts"] is None and residual is None and not args["measure"]:
             y = ops.attention(args["qkv"], heads)
             return _outputs(y, moments_ref(y.mT))
         q, k, v = _split(args)
@@ -90,4 +124,7 @@ def _forms(args: Args, got: Outputs) -> list[str]:
 
 DESCRIPTIONS = {
     "attention": Description("attention", _ATTENTION, _inputs, _call, _oracle, _forms, _slack, least=90, seed=11),
+    "attention across": Description(
+        "attention", _ACROSS, _inputs_across, _call, _oracle, _forms, _slack, least=60, seed=12
+    ),
 }

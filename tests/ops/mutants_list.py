@@ -19,7 +19,7 @@ DRAWN, TIME = ("normal",), ("time_embed",)
 NORM, BACK = ("group_norm_silu",), ("group_norm_silu backward",)
 INJECT, INJECT_BACK = ("inject",), ("inject backward",)
 CONV = ("norm_silu_conv",)
-ATTEND = ("attention",)
+ATTEND, ACROSS = ("attention",), ("attention across",)
 
 CPP = [
     Mutant("next image's t", "csrc/cpu/q_sample.cpp",
@@ -248,9 +248,13 @@ CPP = [
     Mutant("moments of the first run", "csrc/cpu/conv.cpp",
            "merge(own, (double)first, part", "merge(own, (double)first, first ? own : part", CONV),
     Mutant("keys behind the last token", "csrc/cpu/attention.cpp",
-           "r * lay.keys, call.tokens, scale)", "r * lay.keys, lay.keys, scale)", ATTEND),
+           "r * lay.line, call.keys, scale)", "r * lay.line, lay.line, scale)", ATTEND),
     Mutant("first head only", "csrc/cpu/attention.cpp",
-           "call.tokens * call.apart + channel", "call.tokens * call.apart + 0 * channel", ATTEND),
+           "call.keys * call.keys_apart + channel", "call.keys * call.keys_apart + 0 * channel", ATTEND),
+    Mutant("keys as far apart as queries", "csrc/cpu/attention.cpp",
+           "k + (first + t) * call.keys_apart", "k + (first + t) * call.apart", ACROSS),
+    Mutant("as many keys as queries in an image", "csrc/cpu/attention.cpp",
+           "at = n * call.keys * call.keys_apart", "at = n * call.tokens * call.keys_apart", ACROSS),
     Mutant("residual and moments of the first part", "csrc/cpu/attention.cpp",
            "(h.image * lay.parts + part) *", "(h.image * lay.parts) *", ATTEND),
     Mutant("lanes of the next head", "csrc/cpu/attention.cpp", "h.channel + d,", "call.out.channels,", ATTEND),
@@ -262,7 +266,8 @@ CPP = [
     Mutant("lanes behind a tail in the sum", "csrc/cpu/attention.cpp",
            "sum += some == LANES ? v : first_of(v, some);", "sum += v;", ATTEND),
     Mutant("last value of an odd depth", "csrc/cpu/attention.cpp",
-           "c < d ? h.v[t * call.apart + c] : 0", "c < (d & ~(int64_t)1) ? h.v[t * call.apart + c] : 0", ATTEND),
+           "c < d ? h.v[t * call.keys_apart + c] : 0", "c < (d & ~(int64_t)1) ? h.v[t * call.keys_apart + c] : 0",
+           ATTEND),
     Mutant("values of the first head", "csrc/cpu/attention.cpp",
            "values + task / lay.parts * lay.copied : h.v", "values : h.v", ATTEND),
     Mutant("sums of sums begun again", "csrc/cpu/product.h",

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from fastdiff.ops import attention, dispatch, native
+from fastdiff.ops.attention import attended
 from tests.ops import oracle
 from tests.ops.describe import laid, poisoned
 from tests.process import nothing_wrong_on
@@ -170,6 +171,15 @@ def test_nothing_to_attend_to(shape, threads):
     for count in (1, 2):
         threads(count)
         assert attention(torch.zeros(shape), 2).shape == (*shape[:2], 4)
+
+
+@needs_kernels
+def test_no_key_to_attend_to():
+    """A sum over nothing, which only the formula has."""
+    q, nothing = drawn(1, 3, 2, 4)[..., :8], torch.zeros(1, 0, 8)
+    assert torch.equal(attended(q, nothing, nothing, 2)[0], torch.zeros(1, 3, 8))
+    with dispatch.backend("cpp"), pytest.raises(dispatch.BackendUnavailable, match="at least one key, got none"):
+        attended(q, nothing, nothing, 2)
 
 
 def complaints():

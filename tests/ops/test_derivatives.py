@@ -8,6 +8,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastdiff as fd
 from fastdiff.ops import attention, dispatch, group_norm_silu, inject, norm_silu_conv, q_sample, step_, time_embed
+from fastdiff.ops.attention import attended
 from tests.ops import oracle
 from tests.ops.cases import CASES, Case, copied, inputs, run
 from tests.ops.convolutions import KINDS
@@ -100,6 +101,11 @@ def test_norm_silu_conv(kind, act):
 @pytest.mark.parametrize("heads", [1, 2])
 def test_attention(heads):
     twice(lambda qkv: attention(qkv, heads), drawn((2, 3, 12)))
+
+
+def test_attention_to_other_tokens():
+    tensors = drawn((2, 3, 6), (2, 4, 6), (2, 4, 6), (2, 3, 6))
+    twice(lambda q, k, v, residual: attended(q, k, v, 2, residual)[0], tensors)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -216,6 +222,11 @@ SECOND = {
         lambda x, w: attention(x.sin() * w, 3) * x[..., :6],
         lambda x, w: oracle.attention(x.sin() * w, 3) * x[..., :6],
         [(2, 5, 18), (18,)],
+    ),
+    "attention across": (
+        lambda q, k, v, r: attended(q, k, v, 2, r.sin())[0],
+        lambda q, k, v, r: oracle.attended(q, k, v, 2, r.sin()),
+        [(2, 7, 6), (2, 5, 6), (2, 5, 6), (2, 7, 6)],
     ),
     "q_sample": (
         lambda x0, noise: q_sample(x0, T, TABLE.to(x0.dtype), noise=noise).square(),

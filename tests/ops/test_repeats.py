@@ -30,6 +30,8 @@ def large(name):
     if name == "attention":
         # several parts of a head, and several panels of keys
         return cells_of(name)[0] | {"shape": (2, 170, 40), "heads": 2, "regime": "plain", "threads": None}
+    if name == "attention across":
+        return cells_of(name)[0] | {"shape": (2, 170, 600, 40), "heads": 2, "regime": "plain", "threads": None}
     factors = DESCRIPTIONS[name].factors
     if "spec" not in factors:
         return max(cells_of(name), key=size) | {"shape": (3, 3, 45, 43)}

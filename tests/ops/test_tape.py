@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from fastdiff.ops import attention, native, pack
+from fastdiff.ops.attention import attended
 from fastdiff.ops.norm_silu_conv import convolved
 from fastdiff.ops.tape import CHUNK, LINE, Arena, NotRecorded, Tape, beside, recording, recording_on
 
@@ -225,6 +226,28 @@ def test_kernels_side_by_side_are_one_step():
     ends = [step for step in tape._steps if isinstance(step, tuple)]
     assert ends[0][0] == 0
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
+
+
+def test_attention_to_other_tokens():
+    """Those of a text, which is copied in front as x is."""
+    tape, packed = Tape(), pack(drawn(32, 16, 1, 1, seed=7) / 4)
+    x, text = tape.empty((2, 9, 16), torch.float32), tape.empty((2, 16, 1, 5), torch.float32)
+
+    def through(x, text):
+        k, v = convolved(text, packed, None)[0].permute(0, 2, 3, 1).flatten(1, 2).chunk(2, 2)
+        return attended(x, k, v, 2, x)[0]
+
+    x.copy_(drawn(2, 9, 16))
+    text = text.view(2, 1, 5, 16).permute(0, 3, 1, 2).copy_(drawn(2, 16, 1, 5))
+    with recording_on(tape):
+        y = through(x, text)
+    for seed in (1, 2):
+        given = drawn(2, 9, 16, seed=seed), drawn(2, 16, 1, 5, seed=seed)
+        spoil(tape.arena)
+        x.copy_(given[0])
+        text.copy_(given[1])
+        tape.play()
+        assert torch.equal(y, through(*given))
 
 
 @pytest.mark.parametrize("read", ["conv", "x2", "residual", "add", "scale", "moments", "attention", "beside"])
