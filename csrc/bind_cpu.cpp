@@ -316,6 +316,21 @@ Kernel attention_of(const py::tuple& in) {
     return kernel;
 }
 
+// fastdiff/ops/norm_linear_cpp.py does
+Kernel linear_of(const py::tuple& in) {
+    int i = 0;
+    const auto whole = [&] { return in[i++].cast<int64_t>(); };
+    const auto floats = [&] { return at<float>(in[i++].cast<uintptr_t>()); };
+    Kernel kernel{Kernel::LINEAR, {}};
+    Linear& call = kernel.linear = {};
+    call.x = floats(), call.apart = whole(), call.tokens = whole(), call.channels = whole();
+    call.norm = in[i++].cast<bool>(), call.eps = in[i++].cast<double>();
+    call.norm_weight = floats(), call.norm_bias = floats();
+    call.weight = floats(), call.bias = floats();
+    call.outputs = whole(), call.gate = in[i++].cast<bool>(), call.residual = floats(), call.y = floats();
+    return kernel;
+}
+
 void play(const Kernel* kernels, size_t count, int threads) {
     const py::gil_scoped_release released;
     int64_t room = 0;
@@ -421,10 +436,12 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<Watch>(m, "Watch").def(py::init<py::list, py::object>()).def("same", &Watch::same);
     m.def("conv", &alone<conv_of>);
     m.def("attention", &alone<attention_of>);
+    m.def("linear", &alone<linear_of>);
     py::class_<Tape>(m, "Tape")
         .def(py::init<>())
         .def("conv", &Tape::add<conv_of>)
         .def("attention", &Tape::add<attention_of>)
+        .def("linear", &Tape::add<linear_of>)
         .def("play", &Tape::play);
     m.def("moments", &moments);
 }

@@ -30,7 +30,7 @@ sanitized() {
 }
 
 tests=""
-for name in step q_sample time_embed group_norm_silu cpp group_norm_cpp norm_silu_conv attention tape cells; do
+for name in step q_sample time_embed group_norm_silu cpp group_norm_cpp norm_silu_conv norm_linear attention tape cells; do
     tests="$tests tests/ops/test_$name.py"
 done
 isas=${ISAS:-$(sanitized "$python" -c "from fastdiff import _cpu; print(*_cpu.isas)")}

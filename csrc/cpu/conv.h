@@ -50,11 +50,27 @@ struct Attention {
     Sum out;
 };
 
+// y = h W' + bias + residual, (tokens, outputs), of h = norm(x) or x; formula: fastdiff/ops/norm_linear.py. Rows of x lie
+// `apart` floats apart. weight: panels as Conv's; with a gate those of a and g by turns, and bias is a's, then g's.
+struct Linear {
+    const float* x;
+    int64_t apart, tokens, channels;
+    bool norm;
+    double eps;
+    const float *norm_weight, *norm_bias;  // these, bias and residual may be null
+    const float *weight, *bias;
+    int64_t outputs;
+    bool gate;
+    const float* residual;
+    float* y;
+};
+
 struct Kernel {
-    enum { CONV, ATTENTION } what;
+    enum { CONV, ATTENTION, LINEAR } what;
     union {
         Conv conv;
         Attention attention;
+        Linear linear;
     };
 };
 

@@ -11,6 +11,8 @@ int64_t conv_room(const Conv& call, int threads);
 void conv(const Conv& call, void* memory, const Team& team);
 int64_t attention_room(const Attention& call, int threads);
 void attention(const Attention& call, void* memory, const Team& team);
+int64_t linear_room(const Linear& call, int threads);
+void linear(const Linear& call, void* memory, const Team& team);
 
 }  // namespace FASTDIFF_ISA_NS
 }  // namespace fastdiff

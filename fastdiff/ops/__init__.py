@@ -4,6 +4,7 @@ from fastdiff.ops.attention import attention
 from fastdiff.ops.dispatch import BackendUnavailable, backend, why
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.inject import inject
+from fastdiff.ops.norm_linear import norm_linear, pack_linear
 from fastdiff.ops.norm_silu_conv import norm_silu_conv, pack
 from fastdiff.ops.normal import normal
 from fastdiff.ops.q_sample import q_sample
@@ -16,9 +17,11 @@ __all__ = [
     "backend",
     "group_norm_silu",
     "inject",
+    "norm_linear",
     "norm_silu_conv",
     "normal",
     "pack",
+    "pack_linear",
     "q_sample",
     "step_",
     "time_embed",

@@ -9,22 +9,12 @@ from fastdiff.ops import native
 from fastdiff.ops.tape import empty, recording
 
 
-def _apart(*parts: Tensor) -> int | None:
-    """Numbers from one token to the next of all images, where it is the same in all parts, else None."""
-    n, tokens, _ = parts[0].shape
-    apart = parts[0].stride(1 if tokens > 1 else 0)
-    # the stride of an axis of one means nothing
-    wanted = {0: tokens * apart if n > 1 else None, 1: apart if tokens > 1 else None, 2: 1}
-    same = all(step is None or v.stride(axis) == step for v in parts for axis, step in wanted.items())
-    return apart if same else None
-
-
 def run(
     q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | None = None, *, measure: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The result, and its moments (N, C, 2) where asked for, by csrc/cpu/attention.cpp."""
     n, tokens, channels = q.shape
-    apart, keys_apart = _apart(q), _apart(k, v)
+    apart, keys_apart = native.tokens_apart(q), native.tokens_apart(k, v)
     if apart is None:
         q, apart = q.contiguous(), channels
     if keys_apart is None:

@@ -110,6 +110,16 @@ def apart(v: Tensor | None) -> int:
     return int(v.stride(0)) if v is not None and v.ndim == 2 else 0
 
 
+def tokens_apart(*parts: Tensor) -> int | None:
+    """Numbers from one token (N, L, C) to the next of all images, where it is the same in all parts, else None."""
+    n, tokens, channels = parts[0].shape
+    apart = parts[0].stride(1 if tokens > 1 else 0)
+    # the stride of an axis of one means nothing
+    wanted = {0: tokens * apart if n > 1 else None, 1: apart if tokens > 1 else None, 2: 1 if channels > 1 else None}
+    same = all(step is None or v.stride(axis) == step for v in parts for axis, step in wanted.items())
+    return apart if same else None
+
+
 LARGE = 32 << 20
 """More is mapped anew by each malloc (glibc's largest M_MMAP_THRESHOLD), and no cache keeps it for a reader."""
 

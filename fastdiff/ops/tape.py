@@ -109,6 +109,11 @@ class Tape:
         self._known(*read)
         self._kernel(self._calls.attention(call))
 
+    def linear(self, call: tuple[Any, ...], *read: Tensor | None) -> None:
+        """Record a call of `native.cpu.linear`, which reads these tensors beside its parameters."""
+        self._known(*read)
+        self._kernel(self._calls.linear(call))
+
     def _kernel(self, end: int) -> None:
         last = self._steps[-1] if self._steps else None
         if isinstance(last, tuple):

@@ -2,7 +2,7 @@
 
 import functools
 
-from tests.ops import describe_attention, describe_conv, describe_elementwise, describe_norm
+from tests.ops import describe_attention, describe_conv, describe_elementwise, describe_linear, describe_norm
 from tests.ops.pairwise import Cell, cells
 
 DESCRIPTIONS = {
@@ -10,6 +10,7 @@ DESCRIPTIONS = {
     **describe_norm.DESCRIPTIONS,
     **describe_conv.DESCRIPTIONS,
     **describe_attention.DESCRIPTIONS,
+    **describe_linear.DESCRIPTIONS,
 }
 
 

@@ -19,6 +19,7 @@ DRAWN, TIME = ("normal",), ("time_embed",)
 NORM, BACK = ("group_norm_silu",), ("group_norm_silu backward",)
 INJECT, INJECT_BACK = ("inject",), ("inject backward",)
 CONV = ("norm_silu_conv",)
+LINEAR = ("norm_linear",)
 ATTEND, ACROSS = ("attention",), ("attention across",)
 
 CPP = [
@@ -272,6 +273,40 @@ CPP = [
            "values + task / lay.parts * lay.copied : h.v", "values : h.v", ATTEND),
     Mutant("sums of sums begun again", "csrc/cpu/product.h",
            "line, more || low)", "line, more)", ATTEND, "attention"),
+    Mutant("variance of a token about zero", "csrc/cpu/linear.cpp",
+           "v = read(x + c, count), off = count == LANES ? v - center : first_of(v - center, count)",
+           "v = read(x + c, count), off = v", LINEAR),
+    Mutant("zeros behind a token in its variance", "csrc/cpu/linear.cpp",
+           "count == LANES ? v - center : first_of(v - center, count)", "v - center", LINEAR),
+    Mutant("eps of a token left out", "csrc/cpu/linear.cpp", "- off * off) + call.eps)", "- off * off) + 0)", LINEAR),
+    Mutant("bias of a norm in front of its weight", "csrc/cpu/linear.cpp",
+           "v = v * read(call.norm_weight + c, count);",
+           "v = (v + (call.norm_bias ? read(call.norm_bias + c, count) : F32{})) * read(call.norm_weight + c, count);",
+           LINEAR),
+    Mutant("the first channels of every token", "csrc/cpu/linear.cpp",
+           "out + c / DEPTH * piece + c % DEPTH", "out + c % DEPTH", LINEAR),
+    Mutant("the last token of a chunk left out", "csrc/cpu/linear.cpp",
+           "t < smaller(high, count); ++t)", "t < smaller(high, count - 1); ++t)", LINEAR),
+    Mutant("tokens as wide as their channels", "csrc/cpu/linear.cpp",
+           "return {call.x + first * call.apart, call.apart, DEPTH}",
+           "return {call.x + first * call.channels, call.channels, DEPTH}", LINEAR),
+    Mutant("a block of channels begins again", "csrc/cpu/linear.cpp",
+           "m, c > 0, columns", "m, c > low, columns", LINEAR),
+    Mutant("the first unit of a group", "csrc/cpu/linear.cpp",
+           "m + (unit - begin) * each + c, line", "m + 0 * (unit - begin) * each + c, line", LINEAR),
+    Mutant("the last group of units left out", "csrc/cpu/linear.cpp",
+           "groups = divided(units, group)", "groups = larger(1, units / group)", LINEAR),
+    Mutant("bias of a gate from the first half", "csrc/cpu/linear.cpp",
+           "read(call.bias + call.outputs + output, count)", "read(call.bias + output, count)", LINEAR),
+    Mutant("a gates g", "csrc/cpu/linear.cpp",
+           "gelu(g);\n        FASTDIFF_ROWS y[r] = y[r] * g[r];", "gelu(y);\n        FASTDIFF_ROWS y[r] = y[r] * g[r];",
+           LINEAR),
+    Mutant("residual of one token in four", "csrc/cpu/linear.cpp",
+           "read(call.residual + at + r * call.outputs, count)", "read(call.residual + at, count)", LINEAR),
+    Mutant("a coefficient of the normal tail", "csrc/cpu/gelu.h",
+           "-0x1.add568p-5f", "-0x1.bdd568p-5f", LINEAR, "linear"),
+    Mutant("a gate of the other sign", "csrc/cpu/gelu.h",
+           "x[r] > 0.0f ? 1.0f - t[r] : t[r]", "x[r] > 0.0f ? t[r] : 1.0f - t[r]", LINEAR, "linear"),
 ]  # fmt: skip
 
 TRITON = [
@@ -416,6 +451,19 @@ SLOW = {
     "last value of an odd depth",
     "values of the first head",
     "sums of sums begun again",
+    "as many keys as queries in an image",
+    "variance of a token about zero",
+    "eps of a token left out",
+    "bias of a norm in front of its weight",
+    "the first channels of every token",
+    "the last token of a chunk left out",
+    "tokens as wide as their channels",
+    "a block of channels begins again",
+    "the first unit of a group",
+    "bias of a gate from the first half",
+    "a gates g",
+    "residual of one token in four",
+    "a gate of the other sign",
     "sign in v",
     "step left out of the counter",
     "index_hi left out",

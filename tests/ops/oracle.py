@@ -271,3 +271,36 @@ def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, residual: Tensor | Non
         found.append(powers / powers.sum(2, keepdim=True) @ v[..., own])
     y = torch.cat(found, 2)
     return y if residual is None else y + residual.double()
+
+
+def layer_norm(x: Tensor, norm: bool, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) weight + bias of each token, or x."""
+    x = x.double()
+    if not norm:
+        return x
+    centred = x - x.sum(2, keepdim=True) / x.shape[2]
+    h = centred / ((centred**2).sum(2, keepdim=True) / x.shape[2] + eps).sqrt()
+    h = h if weight is None else h * weight.double()
+    return h if bias is None else h + bias.double()
+
+
+def norm_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    norm: bool = False,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    gate: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """h W' + bias of h = norm(x), or the first half of that times g Phi(g) of the second, + residual."""
+    y = torch.einsum("nlc,oc->nlo", layer_norm(x, norm, norm_weight, norm_bias, eps), weight.double())
+    y = y if bias is None else y + bias.double()
+    if gate:
+        half = len(weight) // 2
+        a, g = y[..., :half], y[..., half:]
+        y = a * g * (0.5 * torch.special.erfc(-g / math.sqrt(2)))
+    return y if residual is None else y + residual.double()

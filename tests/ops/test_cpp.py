@@ -224,6 +224,7 @@ def results(x, x2, small, key):
         *(torch.autograd.grad(y, leaf, y.detach())[0] for y in normed_and_injected(leaf)),
         ops.norm_silu_conv(x, x.flatten()[:576].view(4, 16, 3, 3), x2=x2, groups=4, add=add[:4]),
         ops.attention(x.flatten(2), 4),
+        ops.norm_linear(x.flatten(2), x.flatten()[: 36 * 6].view(6, 36), norm=True, gate=True),
         ops.time_embed(small, 8),
         ops.normal(*key, 0, 1, (3, 5)),
         *ops.q_sample(x, key[1], small.view(8, 2), noise=x2, eps=True),

@@ -7,7 +7,17 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastdiff as fd
-from fastdiff.ops import attention, dispatch, group_norm_silu, inject, norm_silu_conv, q_sample, step_, time_embed
+from fastdiff.ops import (
+    attention,
+    dispatch,
+    group_norm_silu,
+    inject,
+    norm_linear,
+    norm_silu_conv,
+    q_sample,
+    step_,
+    time_embed,
+)
 from fastdiff.ops.attention import attended
 from tests.ops import oracle
 from tests.ops.cases import CASES, Case, copied, inputs, run
@@ -106,6 +116,19 @@ def test_attention(heads):
 def test_attention_to_other_tokens():
     tensors = drawn((2, 3, 6), (2, 4, 6), (2, 4, 6), (2, 3, 6))
     twice(lambda q, k, v, residual: attended(q, k, v, 2, residual)[0], tensors)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_norm_linear(norm, gate):
+    names = ("norm_weight", "norm_bias") if norm else ()
+    tensors = drawn((2, 3, 4), (2, 4) if gate else (1, 4), (2,) if gate else (1,), (2, 3, 1), *((4,) for _ in names))
+
+    def f(x, weight, bias, residual, *affine):
+        given = dict(zip(names, affine, strict=True))
+        return norm_linear(x, weight, bias, norm=norm, gate=gate, residual=residual, **given)
+
+    twice(f, tensors)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -228,6 +251,20 @@ SECOND = {
         lambda q, k, v, r: oracle.attended(q, k, v, 2, r.sin()),
         [(2, 7, 6), (2, 5, 6), (2, 5, 6), (2, 7, 6)],
     ),
+    "norm_linear": (
+        lambda x, w, b, m, r: norm_linear(
+            x, w, b, norm=True, norm_weight=m, norm_bias=m.sin(), gate=True, residual=r.sin()
+        ),
+        lambda x, w, b, m, r: oracle.norm_linear(
+            x, w, b, norm=True, norm_weight=m, norm_bias=m.sin(), gate=True, residual=r.sin()
+        ),
+        [(2, 7, 6), (8, 6), (8,), (6,), (2, 7, 4)],
+    ),
+    "norm_linear of relatives": (
+        lambda x, w: norm_linear(x.sin(), w, x[0, 0], residual=x),
+        lambda x, w: oracle.norm_linear(x.sin(), w, x[0, 0], residual=x),
+        [(2, 7, 6), (6, 6)],
+    ),
     "q_sample": (
         lambda x0, noise: q_sample(x0, T, TABLE.to(x0.dtype), noise=noise).square(),
         lambda x0, noise: oracle.q_sample(x0, T, TABLE, noise=noise)["x_t"].square(),
@@ -288,6 +325,7 @@ TRANSFORMED = {
         (3, 4, 5, 3),
     ),
     "attention": (lambda x: attention(x, 2), (2, 5, 12)),
+    "norm_linear": (lambda x: norm_linear(x, torch.ones(4, 12).to(x) / 9, norm=True, gate=True), (2, 5, 12)),
     "q_sample": (
         lambda x: q_sample(x, torch.tensor([1, 0, 1]), TABLE.to(x.dtype), noise=torch.ones(3, 4, 5, dtype=x.dtype)),
         (3, 4, 5),

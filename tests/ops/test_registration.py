@@ -15,6 +15,7 @@ from fastdiff.ops import (
     dispatch,
     group_norm_silu,
     inject,
+    norm_linear,
     norm_silu_conv,
     normal,
     pack,
@@ -194,6 +195,10 @@ COMPILED = {
     ),
     "a halving convolution": (lambda x: norm_silu_conv(x, pack(torch.ones(5, 4, 3, 3)), stride=2), (2, 4, 5, 6)),
     "attention": (lambda x: attention(2 * x, 2), (2, 5, 18)),
+    "norm_linear": (
+        lambda x: norm_linear(2 * x, torch.ones(8, 18), x[0, 0, :8], norm=True, gate=True, residual=x[..., :4]),
+        (2, 5, 18),
+    ),
     "time_embed": (lambda t: time_embed(t, 7, flip=True, scale=3.0), (5,)),
 }
 

@@ -32,6 +32,10 @@ def large(name):
         return cells_of(name)[0] | {"shape": (2, 170, 40), "heads": 2, "regime": "plain", "threads": None}
     if name == "attention across":
         return cells_of(name)[0] | {"shape": (2, 170, 600, 40), "heads": 2, "regime": "plain", "threads": None}
+    if name == "norm_linear":
+        # several chunks of tokens, blocks of channels and groups of panels
+        own = {"shape": (2, 150, 2100, 330), "regime": "plain", "norm": "both", "residual": "contiguous"}
+        return cells_of(name)[0] | own | {"threads": None}
     factors = DESCRIPTIONS[name].factors
     if "spec" not in factors:
         return max(cells_of(name), key=size) | {"shape": (3, 3, 45, 43)}

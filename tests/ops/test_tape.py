@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastdiff.ops import attention, native, pack
+from fastdiff.ops import attention, native, pack, pack_linear
 from fastdiff.ops.attention import attended
+from fastdiff.ops.norm_linear import projected
 from fastdiff.ops.norm_silu_conv import convolved
 from fastdiff.ops.tape import CHUNK, LINE, Arena, NotRecorded, Tape, beside, recording, recording_on
 
@@ -127,6 +128,7 @@ WEIGHTS = {
     "two": pack(drawn(16, 32, 3, 3, seed=4) / 17),
 }
 BIAS = drawn(16, seed=5)
+BLOCK = {"qkv": (48, 16), "out": (16, 16), "kv": (32, 24), "q": (16, 16), "down": (16, 32)}
 
 
 def network(x, line):
@@ -228,6 +230,40 @@ def test_kernels_side_by_side_are_one_step():
     assert all(a[1] == b[0] for a, b in itertools.pairwise(ends))
 
 
+def test_a_block_of_a_transformer():
+    """Both attentions and the gate, each behind its norm, as one step."""
+    packed = {
+        **{name: pack_linear(drawn(*shape, seed=i) / 4) for i, (name, shape) in enumerate(BLOCK.items())},
+        "gate": pack_linear(drawn(64, 16, seed=8) / 4, gate=True),
+    }
+    weight, bias = drawn(16, seed=9), drawn(16, seed=10)
+    normed = {"norm": True, "norm_weight": weight, "norm_bias": bias}
+
+    def through(x, text):
+        q, k, v = projected(x, packed["qkv"], None, **normed).chunk(3, 2)
+        x = projected(attended(q, k, v, 2)[0], packed["out"], bias, residual=x)
+        k, v = projected(text, packed["kv"], None).chunk(2, 2)
+        x = projected(attended(projected(x, packed["q"], None, **normed), k, v, 2)[0], packed["out"], bias, residual=x)
+        return projected(projected(x, packed["gate"], None, **normed), packed["down"], bias, residual=x)
+
+    tape = Tape()
+    x, text = tape.empty((2, 70, 16), torch.float32), tape.empty((2, 5, 24), torch.float32)
+    x.copy_(drawn(2, 70, 16))
+    text.copy_(drawn(2, 5, 24))
+    with recording_on(tape):
+        y = through(x, text)
+    assert tape._steps == [(0, 9)]
+    for seed in (1, 2, 3):
+        given = drawn(2, 70, 16, seed=seed), drawn(2, 5, 24, seed=seed)
+        spoil(tape.arena)
+        x.copy_(given[0])
+        text.copy_(given[1])
+        torch.set_num_threads(seed)
+        tape.play()
+        torch.set_num_threads(1)
+        assert torch.equal(y, through(*given))
+
+
 def test_attention_to_other_tokens():
     """Those of a text, which is copied in front as x is."""
     tape, packed = Tape(), pack(drawn(32, 16, 1, 1, seed=7) / 4)
@@ -250,7 +286,7 @@ def test_attention_to_other_tokens():
         assert torch.equal(y, through(*given))
 
 
-@pytest.mark.parametrize("read", ["conv", "x2", "residual", "add", "scale", "moments", "attention", "beside"])
+@pytest.mark.parametrize("read", ["conv", "x2", "residual", "add", "scale", "moments", "attention", "linear", "beside"])
 def test_what_was_not_recorded_cannot_be_read(read):
     tape = Tape()
     x = tape.empty((1, 4, 4, 16), torch.float32).fill_(1.0).permute(0, 3, 1, 2)
@@ -263,6 +299,7 @@ def test_what_was_not_recorded_cannot_be_read(read):
         "scale": lambda: convolved(x, WEIGHTS["1x1"], None, groups=2, scale=drawn(1, 16)),
         "moments": lambda: convolved(x, WEIGHTS["1x1"], None, groups=2, moments=torch.ones(1, 16, 2).double()),
         "attention": lambda: attention(drawn(1, 16, 12), 2),
+        "linear": lambda: projected(drawn(1, 16, 12), pack_linear(drawn(4, 12)), None),
         "beside": lambda: beside(torch.sin, outside),
     }
     with pytest.raises(NotRecorded, match="outside of the tape"), recording_on(tape):
