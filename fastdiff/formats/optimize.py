@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.formats import known
+from fastdiff.formats.graphs import Graphs
 from fastdiff.formats.known import Kind
 from fastdiff.formats.live import Live, wants_gradients, weights
 from fastdiff.formats.lora import NotRead
@@ -69,6 +70,7 @@ class Engine:
         self.model, self.kind, self.tactics = model, kind, tactics or Tactics()
         self._signature = inspect.signature(kind.call)
         self._net: PreparedUNet | None = None
+        self._graphs: Graphs | None = None
         self._live: Live | None = None
         self._scale = 1.0
         self._reason: str | None = None
@@ -125,7 +127,12 @@ class Engine:
         except NotRead as error:
             self._say(str(error))
             return NotImplemented
-        F: Tensor = net(call.x, call.t, call.cond, residuals=call.residuals)
+        F: Tensor
+        if call.x.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._graphs = self._graphs or Graphs(net)
+            F = self._graphs(call)
+        else:
+            F = net(call.x, call.t, call.cond, residuals=call.residuals)
         return self.kind.result(self.model, F, call)
 
     def _say(self, reason: str) -> None:
@@ -154,7 +161,7 @@ class Engine:
         try:
             self._net.refresh()
         except Restructured:
-            self._net = None
+            self._drop()
             self._look(scale)
             return self._ready(scale)
         return self._net
@@ -167,11 +174,16 @@ class Engine:
         self._live, self._scale, self._reason = live, scale, live.refuses()
         if self._reason is None and (self._net is None or not same):
             # free the old weights before the new ones are made
-            self._net = None
+            self._drop()
             try:
                 self._net = self._pack(scale)
             except NotRead as error:
                 self._reason = str(error)
+
+    def _drop(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+        self._net = self._graphs = None
 
     def _pack(self, scale: float) -> PreparedUNet:
         net, names = self.kind.read(self.model)
@@ -184,7 +196,8 @@ class Engine:
 
 def _face(model: Net, engine: Engine) -> Net:
     """A second object with the attributes of `model`, whose forward asks `engine` first."""
-    kind = _derived(type(model))
+    own: Any = type(model)
+    kind = _derived(own)
     face: Net = kind.__new__(kind)
     object.__setattr__(face, "__dict__", model.__dict__)
     kind.fastdiff.__set__(face, engine)

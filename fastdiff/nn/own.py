@@ -13,10 +13,11 @@ from fastdiff.nn.convolved import Centered, Convolved, ConvolvedResBlock, Last, 
 from fastdiff.nn.follow import Packer
 from fastdiff.nn.group_norm import GroupNorm
 from fastdiff.nn.layers import Attention, Down, Nearest, Pool, ResBlock, Up
-from fastdiff.nn.transformed import ConvolvedTransformer
+from fastdiff.nn.transformed import ConvolvedTransformer, Projected, ProjectedBlock
 from fastdiff.nn.transformer import Transformer
 from fastdiff.nn.unet import UNet
 from fastdiff.ops import dispatch
+from fastdiff.ops.norm_linear import pack_linear
 from fastdiff.ops.norm_silu_conv import panels
 
 
@@ -88,8 +89,29 @@ def _res_block(block: ResBlock, packer: Packer) -> ConvolvedResBlock:
     return ConvolvedResBlock(block, conv1, conv2, shortcut)
 
 
+def _linear(layer: Any, packer: Packer, norm: nn.LayerNorm | None = None, *, gate: bool = False) -> Projected:
+    p, bias = layer._parameters["weight"], layer._parameters["bias"]
+    weight = packer.derive(lambda w: pack_linear(w, gate=gate).weight, p)
+    return Projected(weight, bias, layer.out_features // (2 if gate else 1), norm, gate=gate)
+
+
+def _transformer_block(block: Any, packer: Packer) -> ProjectedBlock:
+    own, cross, feed = block.self_attention, block.cross, block.feed
+    return ProjectedBlock(
+        own.heads,
+        qkv=_linear(own.qkv, packer, own.norm),
+        self_out=_linear(own.out, packer),
+        q=_linear(cross.q, packer, cross.norm),
+        kv=_linear(cross.kv, packer),
+        cross_out=_linear(cross.out, packer),
+        gate=_linear(feed.gate, packer, feed.norm, gate=True),
+        feed_out=_linear(feed.out, packer),
+    )
+
+
 def _transformer(child: Any, packer: Packer) -> ConvolvedTransformer:
-    return ConvolvedTransformer(_conv(child.inp, packer, child.norm), child.blocks, _conv(child.out, packer))
+    blocks = [_transformer_block(block, packer) for block in child.blocks]
+    return ConvolvedTransformer(_conv(child.inp, packer, child.norm), blocks, _conv(child.out, packer))
 
 
 _MAKERS: dict[type[nn.Module], Callable[[Any, Packer], nn.Module]] = {
