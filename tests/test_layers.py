@@ -33,7 +33,7 @@ BELOW = {
 OUTSIDE = {"tables": {"numpy"}, "ops": {"torch"}, "row": set(), "files": {"torch", "numpy"}}
 # the kernels of a backend, imported when it is asked for
 KERNELS = ("_triton.py", "_cuda.py")
-LAZY = {"triton", "PIL", "tqdm", "safetensors", "tyro", "sklearn", "diffusers", "matplotlib"}
+LAZY = {"triton", "PIL", "tqdm", "safetensors", "tyro", "sklearn", "diffusers", "matplotlib", "huggingface_hub"}
 
 
 def part(path):

@@ -1,4 +1,4 @@
-"""Denoisers from folders and back: our own checkpoints, diffusers' U-Nets, the models that come with the package."""
+"""Denoisers from folders and back: our own checkpoints, diffusers' U-Nets, the package's own and the hub's models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from fastdiff._version import __version__
 from fastdiff.files.atomic import find_folder
 from fastdiff.files.checkpoint import read_folder, write_folder
+from fastdiff.formats import hub
 from fastdiff.formats.diffusers.convert import KINDS
 from fastdiff.formats.diffusers.read import read_unet, vae_scaling
 from fastdiff.formats.diffusers.schedule import schedule_of
@@ -63,30 +64,38 @@ def _ours(folder: Path) -> Denoiser:
 
 
 def load(name: str | Path) -> Denoiser:
-    """A Denoiser, on the CPU and in evaluation mode, by the name of a model that comes with us, or from a folder.
+    """A Denoiser, on the CPU and in evaluation mode: by the name of a model that comes with us, from a folder, or from
+    the Hugging Face hub by "org/name", or "org/name@revision".
 
     A folder is one of ours (`fd.save`, checked against its checksums) or diffusers' UNet2DModel or UNet2DConditionModel
     (config and safetensors, with the scheduler's config where there is one). The latter is Stable Diffusion's: x is a
-    latent, `den.meta["vae_scaling_factor"]` times the autoencoder's, and cond the embedding of a text. Raises
-    FileNotFoundError where there is nothing, ValueError where it is broken or of no known kind.
+    latent, `den.meta["vae_scaling_factor"]` times the autoencoder's, and cond the embedding of a text. What the hub has
+    is read from its cache where that has it, without network; else it is downloaded (the extra [hub]). Raises
+    FileNotFoundError where there is nothing, ValueError where it is broken or of no known kind, and what `hub.resolve`
+    raises.
     """
     # a folder of that name in the working directory is ./name
     folder = _SHIPPED / name if isinstance(name, str) and name in shipped() else Path(name)
+    label = folder.name
     try:
         found, _ = find_folder(folder)
     except FileNotFoundError:
-        raise FileNotFoundError(
-            f"load: there is no folder {str(name)!r} and no model of that name; accepted: a folder, or one of "
-            f"{', '.join(shipped())}"
-        ) from None
+        repo = hub.parse(name)
+        if repo is None:
+            raise FileNotFoundError(
+                f"load: there is no folder {str(name)!r} and no model of that name; accepted: a folder, org/name on "
+                f"the Hugging Face hub, or one of {', '.join(shipped())}"
+            ) from None
+        found = folder = hub.resolve(repo)
+        label = repo.name.partition("/")[2]
     config = _diffusers_config(found)
     if config is not None:
         net, scheduler = read_unet(found)
         schedule, predicts, defaults = schedule_of(scheduler)
-        meta = _meta(found.name, net, config.get("sample_size")) | vae_scaling(found)
+        meta = _meta(label, net, config.get("sample_size")) | vae_scaling(found)
         return Denoiser(net.eval(), schedule, predicts, defaults=defaults, meta=meta)
     den = _ours(folder)
-    den.meta.setdefault("name", folder.name)
+    den.meta.setdefault("name", label)
     return den
 
 
