@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from fastdiff.cli.options import at_least, device, opt
+from fastdiff.cli.options import at_least, checkpoint, device, new_folder, opt
 from fastdiff.cli.sample import GUIDANCE
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def run(options: Options) -> int:
     at_least(1, steps=o.steps, batch=o.batch, channels=o.channels, blocks=o.blocks, size=o.size)
     at_least(0, seed=o.seed)
     mults = _mults(o.mults)
-    out = _new_folder(o.out, o.overwrite)
+    out = new_folder(o.out, o.overwrite, checkpoint)
     where = device(o.device)
     import torch
 
@@ -95,32 +94,6 @@ def _mults(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"--mults {text!r} is no list of multiples; pass whole numbers from 1, such as 1,2,2")
     return tuple(int(part) for part in parts)
-
-
-def _new_folder(name: str, overwrite: bool) -> Path:
-    """The folder to write, checked before the work: new or empty, or a checkpoint that may be replaced."""
-    if not name:
-        raise ValueError("--out is missing; pass the folder that the checkpoint is written to")
-    out = Path(name)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; pass a new folder")
-    if out.is_dir() and any(out.iterdir()):
-        from fastdiff.files.checkpoint import read_folder
-
-        try:
-            read_folder(out)
-        except ValueError as error:
-            raise ValueError(
-                f"--out {out} holds something that is no checkpoint; pass a new folder ({error})"
-            ) from None
-        if not overwrite:
-            raise ValueError(f"--out {out} holds a checkpoint; pass another folder, or --overwrite to replace it")
-    place = next(p for p in out.absolute().parents if p.exists())
-    try:
-        tempfile.TemporaryFile(dir=place).close()
-    except OSError as error:
-        raise OSError(error.errno, f"--out {out}: cannot write in {place} ({error.strerror}); pass another") from error
-    return out
 
 
 def _denoiser(o: Options, data: Data, mults: tuple[int, ...]) -> Denoiser:
