@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastdiff.sampling.run import eager as eager
     from fastdiff.sampling.sample import sample as sample
     from fastdiff.sampling.sampler import Sampler as Sampler
+    from fastdiff.sampling.verify import verify as verify
     from fastdiff.tables.plan import plan as plan
     from fastdiff.tables.schedule import (
         Schedule as Schedule,
@@ -80,6 +81,7 @@ _HOMES = {
     "fastdiff.sampling.run": ("eager",),
     "fastdiff.sampling.sample": ("sample",),
     "fastdiff.sampling.sampler": ("Sampler",),
+    "fastdiff.sampling.verify": ("verify",),
     "fastdiff.tables.plan": ("plan",),
     "fastdiff.tables.schedule": (
         *("Schedule", "cosine", "edm", "flow", "from_betas", "linear", "scaled_linear"),

@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "sample images from a model",
     "train": "train a U-Net and write a checkpoint folder",
     "convert": "write a model as a folder of ours, or of diffusers",
+    "verify": "compare the fused path with the reference on a model",
     "doctor": "print what is installed, what runs here and why the rest does not",
 }
 """name -> what it does; fastdiff/cli/<name>.py holds its `Options` and `run(options) -> exit code`."""
