@@ -28,7 +28,7 @@ class Options:
     Without options: 64 digits, the ten classes in turn, from the model in the package, written to samples.png.
     """
 
-    model: str = opt("digits", "a checkpoint folder, or the name of a model in the package", "NAME|DIR")
+    model: str = opt("digits", "a checkpoint folder, a model in the package, or org/name on the hub", "NAME|DIR")
     out: str = opt("samples.png", "NAME.png: one grid; NAME.npz: arr_0, uint8 NHWC, and labels; else a folder of PNGs")
     n: int = opt(64, "number of images")
     class_: str | None = opt(
