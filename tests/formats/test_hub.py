@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import threading
@@ -471,11 +472,12 @@ def server(pipeline: Path) -> Iterator[str]:
             file = pipeline / name
             found = repo == "org/name" and revision in ("main", COMMIT)
             content = file.read_bytes() if found and name and file.is_file() else b""
-            self.send_response(200 if content else 404)
+            self.send_response(200 if content else 403 if repo == "org/gated" else 404)
             if found:
                 self.send_header("X-Repo-Commit", COMMIT)
             if not content:
-                self.send_header("X-Error-Code", "EntryNotFound" if found else "RepoNotFound")
+                other = {"org/name": "RevisionNotFound", "org/gated": "GatedRepo"}.get(repo, "RepoNotFound")
+                self.send_header("X-Error-Code", "EntryNotFound" if found else other)
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -500,11 +502,20 @@ def test_over_http_and_then_offline(server: str, cache: Path, pipeline: Path) ->
         "    except OSError as error:\n        print(type(error).__name__, error)\n"
     )
     there = {"HF_HUB_CACHE": str(cache), "HF_ENDPOINT": server, "HF_HUB_DISABLE_TELEMETRY": "1", "no_proxy": "*"}
-    done = python("-c", code, "org/name", "org/nothing", **there, HF_HUB_OFFLINE="0")
-    first, second = done.stdout.strip().splitlines()
+    names = ("org/name", "org/nothing", "org/name@v9", "org/gated")
+    done = python("-c", code, *names, **there, HF_HUB_OFFLINE="0")
+    first, *errors = done.stdout.strip().splitlines()
     assert first == "Denoiser(UNet, linear, predicts='v')", done.stderr
-    assert second.startswith("FileNotFoundError load: there is no folder 'org/nothing'"), done.stderr
-    assert "the hub shows no such model" in second
+    for line, said in zip(
+        errors,
+        (
+            "FileNotFoundError load: there is no folder 'org/nothing', and .* the hub shows no such model",
+            "FileNotFoundError load: org/name has no revision 'v9'; pass",
+            "PermissionError load: org/gated is gated; accept",
+        ),
+        strict=True,
+    ):
+        assert re.match(said, line), line
     snapshot = hub.Repo("org/name").snapshot
     assert snapshot.name == COMMIT
     assert (snapshot / "unet" / WEIGHTS).is_symlink()
