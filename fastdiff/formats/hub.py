@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastdiff.formats.diffusers.read import FORMS, WEIGHTS, form, parts
+from fastdiff.formats.diffusers.read import FORMS, VAE, WEIGHTS, form, parts
 
 _NAME = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _SCHEDULERS = ("scheduler/scheduler_config.json", "scheduler_config.json")
@@ -105,8 +105,10 @@ def _lacking(snapshot: Path) -> str | None:
         wanted.append(top + chosen)
         if chosen.endswith(".json") and (snapshot / top / chosen).is_file():
             wanted += [top + part for part in parts(snapshot / top / chosen)]
-        if _read(snapshot / "model_index.json").get("scheduler") and not _scheduler(snapshot):
+        index = _read(snapshot / "model_index.json")
+        if index.get("scheduler") and not _scheduler(snapshot):
             wanted.append(_SCHEDULERS[0])
+        wanted += [VAE] * bool(index.get("vae"))
     return next((name for name in wanted if not (snapshot / name).is_file()), None)
 
 
@@ -169,7 +171,7 @@ def _download(repo: Repo, state: str) -> None:
             "fastdiff, and of diffusers' pipelines and U-Nets"
         )
     else:
-        for name in ("model_index.json", *_SCHEDULERS):
+        for name in ("model_index.json", *_SCHEDULERS, VAE):
             _get(at, name, state)
         found = _weights(at, top, state)
     if None in found or not found:

@@ -19,7 +19,7 @@ import torch
 
 import fastdiff as fd
 from fastdiff.formats import hub
-from fastdiff.formats.diffusers.read import WEIGHTS, read_unet2d
+from fastdiff.formats.diffusers.read import WEIGHTS, read_unet
 from tests.process import python
 
 diffusers = pytest.importorskip("diffusers")
@@ -122,7 +122,7 @@ def test_a_pipeline_in_the_cache(cache: Path, pipeline: Path, net: torch.nn.Modu
     den = fd.load("org/name")
     assert same(den, net)
     assert (den.predicts, den.defaults["solver"]) == ("v", "ddim")
-    assert den.meta == {"name": "name", "shape": [3, 8, 8]}
+    assert den.meta == {"name": "name", "shape": [3, 8, 8], "vae_scaling_factor": 0.18215}
 
 
 def test_one_of_ours_in_the_cache(cache: Path, tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_sharded_weights(net: torch.nn.Module, tmp_path: Path, cache: Path, pipe
     assert len(shards) > 2
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([3, 700])
     with torch.no_grad():
-        assert torch.allclose(read_unet2d(tmp_path / "parts")[0](x, t), net(x, t).sample, atol=1e-6)
+        assert torch.allclose(read_unet(tmp_path / "parts")[0](x, t), net(x, t).sample, atol=1e-6)
     put(cache, tmp_path / "parts")
     with pytest.warns(UserWarning, match="no scheduler_config"):
         assert same(fd.load("org/name"), net)
@@ -303,11 +303,11 @@ def test_sharded_weights(net: torch.nn.Module, tmp_path: Path, cache: Path, pipe
     with pytest.raises(
         ValueError, match=rf"lacks {shards[1].name} \(1 of the {len(shards)} parts that {WEIGHTS}\.index"
     ):
-        read_unet2d(tmp_path / "parts")
+        read_unet(tmp_path / "parts")
     index = tmp_path / "parts" / f"{WEIGHTS}.index.json"
     index.write_text(json.dumps({"weight_map": {"conv_in.weight": "../elsewhere.safetensors"}}))
     with pytest.raises(ValueError, match="has no weight_map of files beside it"):
-        read_unet2d(tmp_path / "parts")
+        read_unet(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("size", ["10GB", "10KB"])
@@ -329,7 +329,7 @@ def test_variants(net: torch.nn.Module, tmp_path: Path, variant: str, size: str)
 def test_other_weights_are_named(net: torch.nn.Module, tmp_path: Path) -> None:
     net.save_pretrained(tmp_path, variant="non_ema")
     with pytest.raises(ValueError, match=r"nor its fp16 or bf16 variant \(but diffusion_pytorch_model\.non_ema\."):
-        read_unet2d(tmp_path)
+        read_unet(tmp_path)
 
 
 # ---- the download
@@ -376,7 +376,13 @@ def test_only_what_we_read_is_downloaded(hosted: Hub, pipeline: Path, net: torch
     asked = hosted(pipeline)
     assert same(fd.load("org/name"), net)
     got = files(hub.Repo("org/name").snapshot)
-    assert got == ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}"]
+    assert got == [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        f"unet/{WEIGHTS}",
+        "vae/config.json",
+    ]
     # a cut-off download leaves no weights without what says how to read them
     assert asked[-1] == f"unet/{WEIGHTS}"
     asked.clear()
@@ -520,5 +526,5 @@ def test_over_http_and_then_offline(server: str, cache: Path, pipeline: Path) ->
     assert snapshot.name == COMMIT
     assert (snapshot / "unet" / WEIGHTS).is_symlink()
     assert files(snapshot) == [n for n in files(pipeline) if n in files(snapshot)]
-    assert len(files(snapshot)) == 4
+    assert len(files(snapshot)) == 5
     assert fd.load("org/name").predicts == "v"

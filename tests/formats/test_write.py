@@ -13,7 +13,7 @@ import torch
 import fastdiff as fd
 from fastdiff.cli import main
 from fastdiff.files import atomic
-from fastdiff.formats.diffusers.unet2d import convert_unet2d
+from fastdiff.formats.diffusers.convert import convert
 from fastdiff.formats.diffusers.write import FILES, save_diffusers, unet_config
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
@@ -80,7 +80,7 @@ def both_ways(net: UNet, folder: Path, x: torch.Tensor, t: torch.Tensor, cond: t
 @pytest.mark.parametrize("name", NETS)
 def test_their_nets_go_back(name: str, tmp_path: Path) -> None:
     theirs = peer(name)
-    net = convert_unet2d(dict(theirs.config), theirs.state_dict()).eval()
+    net = convert(dict(theirs.config), theirs.state_dict()).eval()
     back = both_ways(net, tmp_path, *inputs(theirs))
     # where there is no middle, it has no attention
     nothing = {} if net.config["middle"] else {"middle_attention": False}

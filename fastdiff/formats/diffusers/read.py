@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff.formats.diffusers.convert import convert
 from fastdiff.nn.unet import UNet
 
+VAE = "vae/config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMS = (
     *(WEIGHTS, f"{WEIGHTS}.index.json"),
@@ -123,5 +124,5 @@ def vae_scaling(folder: str | Path) -> dict[str, float]:
 
     Rombach 2022, appendix G: s makes the latents' variance one.
     """
-    path = Path(folder) / "vae" / "config.json"
+    path = Path(folder) / VAE
     return {"vae_scaling_factor": float(_json(path).get("scaling_factor", 0.18215))} if path.is_file() else {}

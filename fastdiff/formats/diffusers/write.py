@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.files.atomic import replace_folder, sync
+from fastdiff.formats.diffusers.names import modules, theirs
 from fastdiff.formats.diffusers.read import WEIGHTS
 from fastdiff.formats.diffusers.schedule import refuse
-from fastdiff.formats.diffusers.unet2d import _modules, _theirs
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
@@ -140,10 +140,9 @@ def unet_config(net: UNet, size: list[int] | None = None, *, null_label: bool = 
 
 def unet_state(net: UNet, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state_dict of that UNet2DModel, on the CPU, in `dtype` (None: the net's own)."""
-    modules = _modules(len(net.config["mults"]), net.config["blocks"])
-    state = {}
+    known, state = modules(net), {}
     for name, p in net.state_dict().items():
-        names = _theirs(name, modules)
+        names = theirs(name, known)
         for their, part in zip(names, p.chunk(len(names)), strict=True):
             # a tensor of its own memory, which safetensors wants
             state[their] = part.detach().to("cpu", dtype or p.dtype, copy=True).contiguous()
