@@ -4,7 +4,7 @@
 
 Every head by itself. On CPUs it is C++: some queries at a time see all keys, and all is read as the projection left it.
 
-Source: Vaswani 2017, equation 1.
+Sources: Vaswani 2017, equation 1; Milakov & Gimelshein 2018 (a softmax whose scores come in blocks).
 """
 
 from __future__ import annotations
