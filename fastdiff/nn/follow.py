@@ -20,6 +20,9 @@ from fastdiff.ops import native
 
 Net = TypeVar("Net", bound=nn.Module)
 
+HUGE = 4 << 20
+"""Bytes from which a tensor is asked for in pages of 2 MB."""
+
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 """The layout of tensors by their number of axes, where channels are to be last."""
 
@@ -120,7 +123,11 @@ class Packer:
         recipe = self._recipes[id(meta)][1]
         value = recipe.make(source)
         form = LAST.get(value.ndim, torch.contiguous_format) if self.channels_last else torch.contiguous_format
-        target = torch.empty(value.shape, dtype=recipe.dtype, device=value.device, memory_format=form).copy_(value)
+        target = torch.empty(value.shape, dtype=recipe.dtype, device=value.device, memory_format=form)
+        if target.is_cpu and native.cpu is not None and target.nbytes > HUGE:
+            # a fresh page of 4 KB costs more than writing to it
+            native.cpu.advise_huge(target.data_ptr(), target.nbytes)
+        target.copy_(value)
         return Pack(nn.Parameter(target, requires_grad=False), recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from fastdiff.nn.transformed import ConvolvedTransformer, Projected, ProjectedBl
 from fastdiff.nn.transformer import Transformer
 from fastdiff.nn.unet import UNet
 from fastdiff.ops import dispatch
-from fastdiff.ops.norm_linear import pack_linear
+from fastdiff.ops.norm_linear import linear_panels
 from fastdiff.ops.norm_silu_conv import panels
 
 
@@ -91,7 +92,7 @@ def _res_block(block: ResBlock, packer: Packer) -> ConvolvedResBlock:
 
 def _linear(layer: Any, packer: Packer, norm: nn.LayerNorm | None = None, *, gate: bool = False) -> Projected:
     p, bias = layer._parameters["weight"], layer._parameters["bias"]
-    weight = packer.derive(lambda w: pack_linear(w, gate=gate).weight, p)
+    weight = packer.derive(partial(linear_panels, gate=gate), p)
     return Projected(weight, bias, layer.out_features // (2 if gate else 1), norm, gate=gate)
 
 

@@ -38,10 +38,14 @@ def pack_linear(weight: Tensor, *, gate: bool = False) -> PackedLinear:
     if weight.ndim != 2 or not weight.shape[1] or (gate and weight.shape[0] % 2):
         accepted = "(2 O, C), C >= 1" if gate else "(O, C), C >= 1"
         raise ValueError(f"norm_linear: weight is {tuple(weight.shape)}; accepted: {accepted}, with gate={gate}")
+    return PackedLinear(linear_panels(weight, gate).contiguous(), weight.shape[0] // (2 if gate else 1), gate)
+
+
+def linear_panels(weight: Tensor, gate: bool) -> Tensor:
+    """PackedLinear.weight, a view where it can be one, see `panels`."""
     if not gate:
-        return PackedLinear(panels(weight), weight.shape[0], False)
-    both = torch.stack([panels(half) for half in weight.chunk(2)], 1)  # (panels, 2, C, 32)
-    return PackedLinear(both.flatten(0, 1), weight.shape[0] // 2, True)
+        return panels(weight)
+    return torch.stack([panels(half) for half in weight.chunk(2)], 1).flatten(0, 1)  # (2 panels, C, 32)
 
 
 def unpack_linear(packed: PackedLinear) -> Tensor:

@@ -38,17 +38,18 @@ class Packed(NamedTuple):
 
 
 def panels(weight: Tensor) -> Tensor:
-    """(O, I, k, k) as Packed.weight; its transpose is its inverse, so that it can be differentiated."""
-    outputs = weight.shape[0]
-    rows: Tensor = functional.pad(weight.flatten(1).t(), (0, -outputs % PANEL))  # (I k k, O')
-    return rows.view(len(rows), -1, PANEL).transpose(0, 1).contiguous()
+    """(O, I, k, k) as Packed.weight, a view where no panel is padded, so that whoever writes it down copies once."""
+    rows = weight.flatten(1)  # (O, I k k)
+    if rows.shape[0] % PANEL:
+        rows = functional.pad(rows, (0, 0, 0, -rows.shape[0] % PANEL))
+    return rows.view(-1, PANEL, rows.shape[1]).transpose(1, 2)
 
 
 def pack(weight: Tensor) -> Packed:
     """Weights (O, I, 3, 3) or (O, I, 1, 1) as the kernels read them. Raises ValueError for other windows."""
     if weight.ndim != 4 or tuple(weight.shape[2:]) not in ((1, 1), (3, 3)):
         raise ValueError(f"norm_silu_conv: weight is {tuple(weight.shape)}; accepted: (O, I, 3, 3) and (O, I, 1, 1)")
-    return Packed(panels(weight), weight.shape[0], weight.shape[2])
+    return Packed(panels(weight).contiguous(), weight.shape[0], weight.shape[2])
 
 
 def unpack(packed: Packed) -> Tensor:
