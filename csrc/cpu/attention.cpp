@@ -102,7 +102,8 @@ struct Head {
 };
 
 inline Head head_of(const Attention& call, int64_t i) {
-    const int64_t n = i / call.heads, channel = i % call.heads * call.depth, at = n * call.keys * call.keys_apart + channel;
+    const int64_t n = i / call.heads, channel = i % call.heads * call.depth;
+    const int64_t at = n * call.keys * call.keys_apart + channel;
     return {call.q + n * call.tokens * call.apart + channel, call.k + at, call.v + at, n, channel};
 }
 
@@ -161,8 +162,8 @@ struct Part {
         for (int64_t begin = 0; begin < some; begin += RUNS) {
             const int64_t end = smaller(begin + RUNS, some);
             for (int64_t t = begin; t < end; t += RUN)
-                product(scores + t, lay.keys, count, v + (low + t) * next + c, next, smaller(RUN, end - t), m, t > begin,
-                        smaller(PANEL, call.depth - c));
+                product(scores + t, lay.keys, count, v + (low + t) * next + c, next, smaller(RUN, end - t), m,
+                        t > begin, smaller(PANEL, call.depth - c));
             for (int64_t r = 0; low + begin && r < count; ++r) {
                 const F32 factor = splat(begin ? 1 : queries[r].factor);
                 for (int64_t i = r * PANEL; i < (r + 1) * PANEL; i += LANES)

@@ -95,8 +95,8 @@ inline void multiply(const Rows& rows, int64_t count, const float* weight, int64
 
 // y of LANES outputs of ROWS tokens from token `first` on, from their sums m, whose rows are `line` apart, g's behind a's
 template <bool GATE, int ROWS>
-FASTDIFF_INLINE inline void put(const Linear& call, int64_t first, int64_t output, const float* m, int64_t line, F32 base,
-                                F32 gate, int count) {
+FASTDIFF_INLINE inline void put(const Linear& call, int64_t first, int64_t output, const float* m, int64_t line,
+                                F32 base, F32 gate, int count) {
     F32 y[ROWS], g[ROWS];
     FASTDIFF_ROWS y[r] = load(m + r * line) + base;
     if (GATE) {
@@ -121,7 +121,8 @@ inline void put_all(const Linear& call, int64_t first, int64_t tokens, int64_t o
 }
 
 // the outputs of one group of units
-inline void one_tile(const Linear& call, const Tokens& plan, const float* room, int64_t chunk, int64_t group, float* m) {
+inline void one_tile(const Linear& call, const Tokens& plan, const float* room, int64_t chunk, int64_t group,
+                     float* m) {
     const int64_t first = plan.first(call, chunk), count = plan.first(call, chunk + 1) - first;
     const int64_t begin = group * plan.group, end = smaller(begin + plan.group, plan.units);
     const int64_t line = plan.width * PANEL, each = plan.most * line;
