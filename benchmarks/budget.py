@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.models import ADM, DDPM, EDM, SMALL, Model
+from benchmarks.models import ADM, DDPM, EDM, SD15, SDXL, SMALL, Model
 from benchmarks.variants import MODES, OURS
 
 FULL, SMOKE = 540.0, 300.0
@@ -78,7 +78,8 @@ def _full(section: str) -> list[Row | Cold]:
     for model in (EDM, ADM):
         made += [Row(model, batch, some[:1], detail=True) for batch in (first, second)]
         made += [Row(model, batch) for batch in rest]
-    return made
+    # latents of 512 and of 1024 pixels, a text and no text
+    return made if loops else made + [Row(model, 2, some[:1]) for model in (SD15, SDXL)]
 
 
 def _smoke(section: str) -> list[Row | Cold]:

@@ -24,8 +24,11 @@ from benchmarks.models import Model, Pair, condition, count, shape
 from benchmarks.nets import CHECKED, distance
 from benchmarks.rows import said
 from fastdiff.nn import prepare
+from fastdiff.nn.arguments import Cond
+from fastdiff.sampling.guidance import map_cond
 
 PLAIN, PREPARED, EXACT = "ours", "ours, prepared", "ours, prepared exactly"
+OPTIMIZED = "fd.optimize"
 
 COUNTED = 1e-4
 """Relative error up to which a variant counts as the same computation in fp32."""
@@ -38,7 +41,7 @@ NARROW = 5e-2
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
-OWN = {PLAIN: 1e-5, PREPARED: 2e-5, EXACT: 1e-5}
+OWN = {PLAIN: 1e-5, PREPARED: 2e-5, EXACT: 1e-5, OPTIMIZED: 1e-5}
 """What ours may err."""
 
 Run = Callable[[], Tensor]
@@ -81,7 +84,7 @@ class Given(NamedTuple):
     pair: Pair
     x: Tensor
     t: Tensor
-    cond: Tensor | None
+    cond: Cond
 
     @classmethod
     def of(cls, model: Model, pair: Pair, batch: int) -> Given:
@@ -189,8 +192,9 @@ class Made:
         self.ready: dict[str, float] = {}
         self.settings: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
-        cut = [None if v is None else v[: self.few] for v in (given.x.double(), given.t, given.cond)]
-        self.wanted: Tensor = copy.deepcopy(given.pair.theirs).double()(*cut)
+        x, t = given.x.double()[: self.few], given.t[: self.few]
+        cond = map_cond(lambda v: v[: self.few], given.cond)
+        self.wanted: Tensor = copy.deepcopy(given.pair.theirs).double()(x, t, cond)
 
     def add(self, name: str, make: Make) -> None:
         """Make one ready and check it; whatever goes wrong is this variant's and not the report's."""
@@ -266,12 +270,15 @@ def made(given: Given, modes: tuple[str, ...], others: tuple[str, ...]) -> tuple
         export.close()
     if given.pair.missing is not None:
         found.skipped["diffusers"] = f"{given.pair.missing}; {given.pair.label} of the same weights stands for it"
-    flop = count(given.model)[1] * len(given.x)
     weights = {"network": held(given.pair.ours)}
     packed: Any = found.variants.get(PREPARED)
     if packed is not None:
         weights["packed"] = held(packed.func)
-    facts = Network(
-        len(given.x), flop, threads, limits(), found.error, found.ready, weights, found.uncounted, found.settings
-    )
-    return found, facts
+    return found, facts(found, threads, weights)
+
+
+def facts(found: Made, threads: int, weights: dict[str, int]) -> Network:
+    """What the report says of a row's network."""
+    images = len(found.given.x)
+    flop = count(found.given.model)[1] * images
+    return Network(images, flop, threads, limits(), found.error, found.ready, weights, found.uncounted, found.settings)

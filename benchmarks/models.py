@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastdiff as fd
 from benchmarks.plain import PlainUNet
+from fastdiff.formats.diffusers.condition import keywords as condition_keywords
+from fastdiff.formats.diffusers.convert import convert
+from fastdiff.nn.arguments import Cond
 
 
 class Model(NamedTuple):
@@ -28,7 +30,7 @@ class Model(NamedTuple):
     weight: float = 1.0
     """How much longer than for DDPM-CIFAR10 the compiler takes, as far as that is known before."""
     diffusers: dict[str, Any] | None = None
-    """Keywords of diffusers' UNet2DModel, where that can be this network."""
+    """Keywords of diffusers' UNet2DModel, or with a context UNet2DConditionModel, where that can be this network."""
 
 
 class Pair(NamedTuple):
@@ -128,7 +130,48 @@ FASHION = Model(
         "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     },
 )
-MODELS = {model.name: model for model in (DDPM, EDM, ADM, SMALL, ADM_SMALL, FASHION)}
+TOKENS = 77
+"""Of a text, as CLIP gives them."""
+
+
+def _latent(name: str, size: int, config: dict[str, Any], **known: Any) -> Model:
+    """A latent diffusion's network, by diffusers' config."""
+    return Model(name, condition_keywords(config), size, diffusers=config, **known)
+
+
+# Rombach 2022, as Stable Diffusion 1.5 has it
+_SD15: dict[str, Any] = {"cross_attention_dim": 768}
+SD15 = _latent("SD1.5", 64, _SD15, millions=859.5, gflop=803, weight=4.0)
+# Podell 2023
+_SDXL: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    # the features that it makes of a text and of sizes, given as they are
+    "class_embed_type": "projection",
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL = _latent("SDXL", 128, _SDXL, millions=2567.5, weight=8.0)
+# latents of two cores; SDXL with fewer transformers, or its weights would not fit twice into a small machine
+SD15_CPU = SD15._replace(name="SD1.5 32x32", size=32)
+SDXL_CPU = _latent("SDXL-like 32x32", 32, {**_SDXL, "transformer_layers_per_block": (1, 2, 4)})
+# to see whether it works
+SD_SMALL = _latent(
+    "SD-like 8x8",
+    8,
+    {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "layers_per_block": 1,
+    },
+)
+MODELS = {model.name: model for model in (DDPM, EDM, ADM, SMALL, ADM_SMALL, FASHION, SD15, SDXL)}
 
 
 def shape(model: Model, batch: int) -> tuple[int, int, int, int]:
@@ -141,9 +184,14 @@ def predicts(model: Model) -> str:
     return "eps+range" if model.unet.get("learned_variance") else "eps"
 
 
-def condition(model: Model, batch: int) -> Tensor | None:
-    """A label for each image, where the network wants one."""
-    return torch.arange(batch) % model.unet["classes"] if "classes" in model.unet else None
+def condition(model: Model, batch: int) -> Cond:
+    """A label for each image, or a text's embedding and what goes with it, where the network wants one."""
+    channels, more = model.unet.get("context_channels"), model.unet.get("condition_channels")
+    if channels is not None:
+        g = torch.Generator().manual_seed(1)
+        context = torch.randn(batch, TOKENS, channels, generator=g)
+        return context if more is None else {"context": context, "features": torch.randn(batch, more, generator=g)}
+    return torch.arange(batch) % model.unet["classes"] if model.unet.get("classes") else None
 
 
 def build(model: Model, *, seed: int = 0, quiet: bool = False) -> fd.UNet:
@@ -171,27 +219,36 @@ class Sample(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
         """F (N, C, H, W)."""
-        F: Tensor = self.net(x, t, return_dict=False)[0]
+        given: dict[str, Any] = {"return_dict": False}
+        if isinstance(cond, dict):
+            given["class_labels"] = cond["features"].to(x.dtype)
+            cond = cond["context"]
+        if cond is not None:
+            given["encoder_hidden_states"] = cond.to(x.dtype)
+        F: Tensor = self.net(x, t, **given)[0]
         return F
+
+
+def live(model: Model, *, seed: int = 0, quiet: bool = False) -> nn.Module:
+    """diffusers' network with random weights. Raises ImportError, ValueError."""
+    if model.diffusers is None:
+        raise ValueError(f"diffusers has no network like {model.name}")
+    import diffusers
+
+    torch.manual_seed(seed)
+    kind = "UNet2DConditionModel" if "context_channels" in model.unet else "UNet2DModel"
+    net: nn.Module = getattr(diffusers, kind)(**model.diffusers).eval()
+    if quiet:
+        nn.init.normal_(net.get_submodule("conv_out").weight, std=1e-3)  # type: ignore[arg-type]
+    return net
 
 
 def of_diffusers(model: Model, *, seed: int = 0, quiet: bool = False) -> Pair:
     """diffusers' network with random weights, and ours with the same. Raises ImportError, ValueError."""
-    if model.diffusers is None:
-        raise ValueError(f"diffusers has no network like {model.name}")
-    from diffusers import UNet2DModel
-
-    from fastdiff.formats.diffusers.read import read_unet
-
-    torch.manual_seed(seed)
-    theirs = UNet2DModel(**model.diffusers).eval()
-    if quiet:
-        nn.init.normal_(theirs.conv_out.weight, std=1e-3)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        ours, _ = read_unet(folder)
+    theirs: Any = live(model, seed=seed, quiet=quiet)
+    ours = convert({**theirs.config, "_class_name": type(theirs).__name__}, theirs.state_dict())
     return Pair(ours.eval(), Sample(theirs), "diffusers")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastdiff as fd
 from benchmarks.models import Model, Pair, condition, count, pair, predicts, shape
 from fastdiff.sampling.capture import Cuda, Recorder
+from fastdiff.sampling.guidance import map_cond
 
 CHECKED = 4
 """Images of a batch that are compared with the reference."""
@@ -108,8 +109,7 @@ class Setting:
         self.shape = shape(nets.model, batch)
         self.x = torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(nets.device)
         self.t = torch.full((batch,), 500, device=nets.device)
-        labels = condition(nets.model, batch)
-        self.cond = None if labels is None else labels.to(nets.device)
+        self.cond = map_cond(lambda v: v.to(nets.device), condition(nets.model, batch))
         self.recorder = recorder_of(nets.device)
 
     def few(self, nets: Nets) -> Setting:
@@ -117,7 +117,7 @@ class Setting:
         made = copy.copy(self)
         made.nets, made.batch = nets, min(self.batch, CHECKED)
         made.x, made.t = self.x[:CHECKED], self.t[:CHECKED]
-        made.cond = None if self.cond is None else self.cond[:CHECKED]
+        made.cond = map_cond(lambda v: v[:CHECKED], self.cond)
         made.shape = tuple(made.x.shape)
         return made
 

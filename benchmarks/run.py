@@ -35,7 +35,7 @@ from benchmarks.timing import LAUNCHES, copy_bandwidth, interleaved, launch, rat
 
 SECTIONS = {
     "ops": ("bench_q_sample", "bench_step", "bench_time_embed", "bench_group_norm_silu", "bench_norm_silu_conv"),
-    "unet": ("bench_unet", "bench_patch"),
+    "unet": ("bench_unet", "bench_optimize", "bench_patch"),
     "sampler": ("bench_sampler",),
 }
 LARGE = 1 << 27

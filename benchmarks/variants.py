@@ -119,7 +119,9 @@ def _table(setting: Setting, net: str, backend: str | None) -> Tensor | None:
         return None
     made: Any = setting.nets.net(net)
     with fd.backend("auto"):
-        table: Tensor = made.time_table(setting.t if setting.cond is not None else setting.t[:1], setting.cond)
+        table: Tensor = made.time_table(
+            setting.t if setting.cond is not None else setting.t[:1], made.told(setting.cond)
+        )
     return table
 
 

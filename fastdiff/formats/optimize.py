@@ -76,6 +76,11 @@ class Engine:
         self._reason: str | None = None
         self._said: set[str] = set()
 
+    @property
+    def net(self) -> PreparedUNet | None:
+        """What computes, from the first call on; None where the model itself does."""
+        return self._net
+
     def __str__(self) -> str:
         if self._reason is not None:
             return f"{type(self.model).__name__}: its own forward runs, because {self._reason}"
