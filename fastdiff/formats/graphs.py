@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.formats.diffusers.calls import Call
+from fastdiff.formats.diffusers.forward import Call
 from fastdiff.sampling.capture import Cuda, Recorded, Recorder
 from fastdiff.sampling.guidance import map_cond
 from fastdiff.sampling.surroundings import settings

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.formats.diffusers.calls import Call, times
+from fastdiff.formats.diffusers.forward import Call, times
 from fastdiff.formats.lora import NotRead
 from fastdiff.formats.names import Parts
 from fastdiff.nn.unet import UNet

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from fastdiff.formats import guided_diffusion
-from fastdiff.formats.diffusers import calls, convert
-from fastdiff.formats.diffusers.calls import Call
+from fastdiff.formats.diffusers import convert, forward
+from fastdiff.formats.diffusers.forward import Call
 from fastdiff.formats.lora import Made, NotRead
 from fastdiff.formats.names import Parts, fits, join
 from fastdiff.nn.unet import UNet
@@ -62,10 +62,10 @@ def _diffusers(call: Callable[..., Call]) -> Kind:
     def read(model: Any) -> tuple[UNet, Names]:
         return convert.empty({**model.config, "_class_name": type(model).__name__})
 
-    return Kind(read, call, calls.result, lambda kind: kind.__module__.startswith("diffusers."))
+    return Kind(read, call, forward.result, lambda kind: kind.__module__.startswith("diffusers."))
 
 
-KINDS = {"UNet2DModel": _diffusers(calls.unet2d), "UNet2DConditionModel": _diffusers(calls.condition)}
+KINDS = {"UNet2DModel": _diffusers(forward.unet2d), "UNet2DConditionModel": _diffusers(forward.condition)}
 """Of diffusers."""
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import fastdiff as fd
-from fastdiff.formats.diffusers.calls import Call
+from fastdiff.formats.diffusers.forward import Call
 from fastdiff.formats.graphs import KEPT, Graphs
 from tests.sampling.recorder import FakeRecorder, replays
 
