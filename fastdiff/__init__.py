@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastdiff._doctor import doctor as doctor
     from fastdiff.files.data import load_data as load_data
     from fastdiff.files.images import save_grid as save_grid
+    from fastdiff.formats.diffusers.scheduler import DiffusersScheduler as DiffusersScheduler
     from fastdiff.formats.load import load as load, save as save
     from fastdiff.formats.optimize import optimize as optimize
     from fastdiff.nn.patch import Patched as Patched, patch as patch
@@ -66,6 +67,7 @@ _HOMES = {
     "fastdiff._doctor": ("doctor",),
     "fastdiff.files.data": ("load_data",),
     "fastdiff.files.images": ("save_grid",),
+    "fastdiff.formats.diffusers.scheduler": ("DiffusersScheduler",),
     "fastdiff.formats.load": ("load", "save"),
     "fastdiff.formats.optimize": ("optimize",),
     "fastdiff.nn.patch": ("Patched", "patch"),

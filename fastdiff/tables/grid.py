@@ -47,6 +47,16 @@ def levels(schedule: Schedule, times: npt.ArrayLike, quantize: bool = False) -> 
     return Levels(t, alpha, sigma, ratio(sigma, alpha), _at(schedule), _snap(schedule) if quantize else lambda u: u)
 
 
+def levels_of_u(schedule: Schedule, u: npt.ArrayLike, t: npt.ArrayLike) -> Levels:
+    """Levels of a variance preserving schedule at u = sigma/alpha (n+1,), and what the network is told there, any t.
+
+    For grids of other programs, whose levels lie between the schedule's own by rules of theirs.
+    """
+    u = np.array(u, dtype=np.float64)
+    alpha = 1 / np.hypot(1, u)
+    return Levels(np.array(t, dtype=np.float64), alpha, u * alpha, u, _at(schedule), lambda u: u)
+
+
 def _at(schedule: Schedule) -> Callable[[Array], tuple[Array, Array, Array]]:
     def at(u: Array) -> tuple[Array, Array, Array]:
         u = np.asarray(u, dtype=np.float64)

@@ -43,6 +43,7 @@ def plan(
     steps: int | None = None,
     spacing: str | Callable[[Schedule, int], npt.ArrayLike] | None = None,
     times: npt.ArrayLike | None = None,
+    grid: Levels | None = None,
     final: str = "zero",
     t_end: float | None = None,
     denoise: bool = False,
@@ -57,7 +58,8 @@ def plan(
 
     predicts: a name of PREDICTS; "+range" behind it where the network's second half of channels is a variance.
     steps, spacing, final, t_end, denoise, steps_offset: as in `times`; or times (n + 1,), the levels themselves, which
-        may increase (inversion). quantize: only levels of the schedule's own steps, stages included.
+        may increase (inversion). quantize: only levels of the schedule's own steps, stages included. Or grid, levels
+        whose alpha and sigma are not what the schedule has at the t that the network is told (another program's).
     clip: bound on |x0|, None is none. w: guidance weight, a number or a function of u = sigma/alpha.
     options: of the solver. A first level of pure noise (alpha = 0) is the limit row of every solver.
     Raises ValueError for options that the solver lacks, impossible levels, and a table that breaks its own promise.
@@ -66,13 +68,14 @@ def plan(
     _known(solver, options)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be > 0, got {clip}; None is no clipping")
-    if times is None:
-        times = grid_times(
-            schedule, steps, spacing, final=final, t_end=t_end, denoise=denoise, steps_offset=steps_offset
-        )
-    elif steps is not None or spacing is not None:
+    if (times is not None or grid is not None) and (steps is not None or spacing is not None):
         raise ValueError(f"times are the levels themselves, so leave out steps={steps} and spacing={spacing!r}")
-    grid = levels(schedule, times, quantize)
+    if grid is None:
+        if times is None:
+            times = grid_times(
+                schedule, steps, spacing, final=final, t_end=t_end, denoise=denoise, steps_offset=steps_offset
+            )
+        grid = levels(schedule, times, quantize)
     table, limit = _table(solver, options, grid)
     if table.variance is not None and not predicts.endswith("+range"):
         raise ValueError(
@@ -90,6 +93,21 @@ def plan(
     _fill_history(rows, table, lines, limit, _name(solver))
     check(rows, declared, _name(solver))
     return rows
+
+
+def exploding(rows: Array) -> Array:
+    """The same rows for the state y = x/alpha of noise u = sigma/alpha (the variance exploding form); alpha > 0.
+
+    The network still sees C_IN y = x, and x0 is the same.
+    """
+    out = rows.copy()
+    here, after = rows[:-1, row.ALPHA], rows[1:, row.ALPHA]
+    out[:, row.C_IN] *= rows[:, row.ALPHA]
+    out[:-1, [row.A, row.C_SKIP, row.P]] *= here[:, None]
+    out[:-1, [row.A, row.B0, row.BF, row.B1, row.B2, row.B3, row.S]] /= after[:, None]
+    out[:, row.SIGMA] /= rows[:, row.ALPHA]
+    out[:, row.ALPHA] = 1.0
+    return out
 
 
 def _name(solver: Solver) -> str:
@@ -208,19 +226,24 @@ def _fill_steps(rows: Array, table: Table, lines: _Lines, reading: _Reading, lim
 
 
 def _fill_history(rows: Array, table: Table, lines: _Lines, limit: bool, name: str) -> None:
-    """P, Q, B1, B2, B3: slots never move, so lag j (1 is the row before) reads the slot that row k - j wrote."""
+    """P, Q, SLOT, B1, B2, B3: slots never move, so h_j reads the slot that the j-th memory before this row went to."""
     first = int(limit)
-    read = np.zeros(len(rows), dtype=bool)
     k = np.arange(first, len(rows) - 1)
+    writes = (table.hist != 0).any(axis=1)
+    # memories before each row, and the row that made each
+    before = np.cumsum(writes) - writes
+    made = np.flatnonzero(writes)
+    read = np.zeros(len(writes), dtype=bool)
     for lag in range(1, row.SLOTS + 1):
         b = table.coef[:, 2 + lag] * lines.alpha[first + 1 :]
         some = b != 0
-        if (k[some] - lag < first).any():
+        if (before[some] < lag).any():
             bad = int(k[some][0])
             raise ValueError(f"{name} reads a history of {lag} rows at row {bad}, where there is none; start it lower")
-        rows[k[some], row.B1 + (k[some] - lag) % row.SLOTS] = b[some]
-        read[k[some] - lag] = True
+        rows[k[some], row.B1 + (before[some] - lag) % row.SLOTS] = b[some]
+        read[made[before[some] - lag]] = True
+    rows[k[writes], row.SLOT] = before[writes] % row.SLOTS
     p, q = table.hist.T
     # a slot that no later row reads is not written
-    rows[k, row.P] = np.where(read[k], p / lines.alpha[k], 0.0)
-    rows[k, row.Q] = np.where(read[k], q, 0.0)
+    rows[k, row.P] = np.where(read, p / lines.alpha[k], 0.0)
+    rows[k, row.Q] = np.where(read, q, 0.0)

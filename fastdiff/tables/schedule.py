@@ -15,7 +15,19 @@ from fastdiff.tables.curve import Array, Curve, Schedule, continuous, discrete, 
 from fastdiff.tables.grid import Levels, levels, times
 
 __all__ = ["Array", "Curve", "Levels", "Schedule", "from_spec", "levels", "schedule", "times"]
-__all__ += ["cosine", "edm", "flow", "from_betas", "linear", "scaled_linear", "sigmoid", "sub_vp", "ve", "vp"]
+__all__ += [
+    "cosine",
+    "edm",
+    "flow",
+    "from_betas",
+    "linear",
+    "scaled_linear",
+    "sigmoid",
+    "sub_vp",
+    "ve",
+    "vp",
+    "zero_snr",
+]
 
 
 def from_betas(betas: Sequence[float] | Array) -> Schedule:
@@ -191,8 +203,23 @@ def flow() -> Schedule:
     return continuous("flow", lambda t: 1 - np.asarray(t, dtype=np.float64), same, inverse, {"name": "flow"})
 
 
+def zero_snr(of: Schedule | dict[str, Any], floor: float = 0.0) -> Schedule:
+    """alpha' = (alpha - alpha_T) alpha_1/(alpha_1 - alpha_T): no signal at the last step (Lin 2024, algorithm 1).
+
+    of: a discrete schedule, or its spec. floor: alpha'^2 at the last step, for programs that need u finite.
+    """
+    old = of if isinstance(of, Schedule) else from_spec(of)
+    if old.T is None or not 0 <= floor < 1:
+        raise ValueError(f"zero_snr needs a discrete schedule and 0 <= floor < 1, got {old.name!r} and {floor}")
+    alphas = old.alpha(np.arange(old.T, dtype=np.float64))
+    alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
+    alphas[-1] = np.sqrt(floor)
+    spec = None if old.spec is None else {"name": "zero_snr", "of": old.spec, "floor": floor}
+    return discrete("zero_snr", alphas, np.sqrt((1 - alphas) * (1 + alphas)), spec)
+
+
 NAMED: dict[str, Callable[..., Schedule]] = {
-    f.__name__: f for f in (linear, scaled_linear, cosine, sigmoid, from_betas, vp, sub_vp, ve, edm, flow)
+    f.__name__: f for f in (linear, scaled_linear, cosine, sigmoid, from_betas, vp, sub_vp, ve, edm, flow, zero_snr)
 }
 
 

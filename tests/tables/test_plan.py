@@ -20,7 +20,19 @@ from fastdiff.tables.schedule import (
     times,
     vp,
 )
-from fastdiff.tables.solvers import SOLVERS, Table, ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
+from fastdiff.tables.solvers import (
+    SOLVERS,
+    Table,
+    ddim,
+    ddpm,
+    dpm_multistep,
+    dpmpp_2m,
+    dpmpp_3m_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    plms,
+)
 from tests.tables.configs import CONFIGS, edits, mutated, planned
 from tests.tables.gaussian import run
 
@@ -241,5 +253,6 @@ def test_a_thousand_rows_take_a_fraction_of_a_second():
 
 
 def test_solvers_by_name():
-    own = (ddim, ddpm, euler, heun, dpmpp_2m, dpmpp_3m_sde)
-    assert dict(zip(("ddim", "ddpm", "euler", "heun", "dpmpp_2m", "dpmpp_3m_sde"), own, strict=True)) == SOLVERS
+    own = (ddim, ddpm, euler, euler_ancestral, heun, dpmpp_2m, dpmpp_3m_sde, dpm_multistep, plms)
+    assert {f.__name__: f for f in own} == SOLVERS
+    assert list(SOLVERS)[:3] == ["ddim", "ddpm", "euler"]

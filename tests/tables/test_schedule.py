@@ -131,7 +131,7 @@ def test_spec_builds_the_same_schedule(s):
 
 
 def test_every_named_schedule_has_a_spec():
-    assert set(module.NAMED) == {s.name for s in ALL} | {"from_betas"}
+    assert set(module.NAMED) == {s.name for s in ALL} | {"from_betas", "zero_snr"}
     with pytest.raises(ValueError, match="'quadratic' is not one of linear"):
         from_spec({"name": "quadratic"})
 
