@@ -203,18 +203,17 @@ def flow() -> Schedule:
     return continuous("flow", lambda t: 1 - np.asarray(t, dtype=np.float64), same, inverse, {"name": "flow"})
 
 
-def zero_snr(of: Schedule | dict[str, Any], floor: float = 0.0) -> Schedule:
+def zero_snr(of: Schedule | dict[str, Any]) -> Schedule:
     """alpha' = (alpha - alpha_T) alpha_1/(alpha_1 - alpha_T): no signal at the last step (Lin 2024, algorithm 1).
 
-    of: a discrete schedule, or its spec. floor: alpha'^2 at the last step, for programs that need u finite.
+    of: a discrete schedule, or its spec. Raises ValueError for a continuous one.
     """
     old = of if isinstance(of, Schedule) else from_spec(of)
-    if old.T is None or not 0 <= floor < 1:
-        raise ValueError(f"zero_snr needs a discrete schedule and 0 <= floor < 1, got {old.name!r} and {floor}")
+    if old.T is None:
+        raise ValueError(f"zero_snr: {old.name!r} is continuous; accepted: a discrete schedule, built with T=")
     alphas = old.alpha(np.arange(old.T, dtype=np.float64))
     alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
-    alphas[-1] = np.sqrt(floor)
-    spec = None if old.spec is None else {"name": "zero_snr", "of": old.spec, "floor": floor}
+    spec = None if old.spec is None else {"name": "zero_snr", "of": old.spec}
     return discrete("zero_snr", alphas, np.sqrt((1 - alphas) * (1 + alphas)), spec)
 
 

@@ -167,7 +167,10 @@ def read(config: Mapping[str, Any]) -> Reading:
         kind = "x0"
     clip = float(c["clip_sample_range"]) if c.get("clip_sample") and not c.get("thresholding") else None
     learned = c.get("variance_type") in ("learned", "learned_range")
-    return Reading(name, c, _schedule(name, c), kind + "+range" if learned else kind, clip)
+    schedule = schedule_of_betas(c)
+    if c.get("rescale_betas_zero_snr"):
+        schedule = zero_snr(schedule)
+    return Reading(name, c, schedule, kind + "+range" if learned else kind, clip)
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
@@ -198,10 +201,3 @@ def _check(c: Mapping[str, Any]) -> None:
     if len(chosen) > 1:
         raise refuse(chosen[1], c[chosen[1]], f"one way to choose sigmas, and {chosen[0]} is another")
 
-
-def _schedule(name: str, c: Mapping[str, Any]) -> Schedule:
-    schedule = schedule_of_betas(c)
-    if not c.get("rescale_betas_zero_snr"):
-        return schedule
-    # the schedulers that step over sigmas need them finite: diffusers takes half precision's smallest number
-    return zero_snr(schedule, floor=0.0 if name in ("DDPMScheduler", "DDIMScheduler") else 2.0**-24)

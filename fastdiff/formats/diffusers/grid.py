@@ -64,8 +64,13 @@ def all_times(reading: Reading) -> Laid:
     """Every time of the schedule, one call each: what a scheduler has before it is told a number of steps."""
     T = reading.schedule.T
     assert T is not None
-    last = -1.0 if reading.keys.get("set_alpha_to_one", True) else 0.0
-    return Laid(levels(reading.schedule, [*range(T - 1, -1, -1), last]), np.arange(T), np.ones(T, dtype=bool))
+    t = np.arange(T - 1.0, -2.0, -1.0)
+    if reading.name in IN_ALPHA:
+        t[-1] = -1.0 if reading.keys.get("set_alpha_to_one", True) else 0.0
+        grid = levels(reading.schedule, t)
+    else:
+        grid = levels_of_u(reading.schedule, np.append(_own_u(reading.schedule)[::-1], 0.0), t)
+    return Laid(grid, np.arange(T), np.ones(T, dtype=bool))
 
 
 def relaid(reading: Reading, t: Array, u: Array, step: npt.NDArray[np.int64], starts: npt.NDArray[np.bool_]) -> Laid:
@@ -134,7 +139,12 @@ def _or(given: float | None, otherwise: float) -> float:
 def _own_u(schedule: Schedule) -> Array:
     assert schedule.T is not None
     t = np.arange(schedule.T, dtype=np.float64)
-    return np.asarray(schedule.sigma(t) / schedule.alpha(t))
+    alpha = schedule.alpha(t)
+    if alpha[-1] == 0:
+        # sigmas must be finite: diffusers takes half precision's smallest number for alpha^2
+        alpha[-1] = 2.0**-12
+        return np.append(schedule.sigma(t[:-1]) / alpha[:-1], np.sqrt(1 - alpha[-1] ** 2) / alpha[-1])
+    return np.asarray(schedule.sigma(t) / alpha)
 
 
 def _interpolated(own: Array, t: Array) -> Array:
