@@ -6,7 +6,17 @@ import numpy as np
 
 from fastdiff import row
 from fastdiff.tables.plan import plan
-from fastdiff.tables.solvers import ddim, ddpm, dpmpp_2m, dpmpp_3m_sde, euler, heun
+from fastdiff.tables.solvers import (
+    ddim,
+    ddpm,
+    dpm_multistep,
+    dpmpp_2m,
+    dpmpp_3m_sde,
+    euler,
+    euler_ancestral,
+    heun,
+    plms,
+)
 
 CONFIGS = [
     *((ddim, {}), (ddim, {"eta": 0.7}), (ddim, {"eta": 1.0}), (ddim, {"clipped_direction": False})),
@@ -15,6 +25,11 @@ CONFIGS = [
     *((euler, {"churn": 40.0, "s_noise": 1.007}), (heun, {}), (heun, {"churn": 40.0, "s_min": 0.05, "s_max": 50.0})),
     *((heun, {"churn": 40.0, "s_noise": 1.003}), (dpmpp_2m, {})),
     *((dpmpp_3m_sde, {}), (dpmpp_3m_sde, {"eta": 0.5}), (dpmpp_3m_sde, {"eta": 0.0, "corrected": True})),
+    *((dpm_multistep, {"kind": "heun"}), (dpm_multistep, {"order": 3, "ends": (2, 1)}), (euler_ancestral, {})),
+    *((dpm_multistep, {"algorithm": "dpmsolver", "order": order}) for order in (1, 2, 3)),
+    *((dpm_multistep, {"algorithm": "sde-dpmsolver", "order": 2, "kind": kind}) for kind in ("midpoint", "heun")),
+    *((dpm_multistep, {"algorithm": "sde-dpmsolver++", "order": order}) for order in (2, 3)),
+    *((plms, {}), (plms, {"order": 2, "twice": False}), (plms, {"clipped_direction": False})),
 ]
 
 

@@ -161,3 +161,18 @@ def test_own_discrete_schedule_with_zero_terminal_snr():
     np.testing.assert_array_equal(s.inverse(grid.u[:-1]), grid.t[:-1])
     with pytest.raises(ValueError, match=r"alpha\^2 \+ sigma\^2 = 1"):
         schedule(lambda t: 1 - (t + 1) / 20, lambda t: (t + 1) / 20, T=10)
+
+
+def test_zero_snr_is_lin_algorithm_1():
+    old = linear()
+    new = module.zero_snr(old)
+    t = np.arange(1000.0)
+    a = old.alpha(t)
+    np.testing.assert_allclose(new.alpha(t), (a - a[-1]) * a[0] / (a[0] - a[-1]), rtol=1e-13, atol=1e-17)
+    np.testing.assert_allclose(new.alpha(t) ** 2 + new.sigma(t) ** 2, 1, rtol=1e-14)
+    assert (new.alpha(t[-1:]), new.sigma(t[-1:])) == (0.0, 1.0)
+    again = from_spec(new.spec)
+    np.testing.assert_array_equal(again.alpha(t), new.alpha(t))
+    assert new.spec == {"name": "zero_snr", "of": old.spec}
+    with pytest.raises(ValueError, match="'vp' is continuous; accepted: a discrete schedule"):
+        module.zero_snr(module.vp())

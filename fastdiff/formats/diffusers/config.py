@@ -200,4 +200,3 @@ def _check(c: Mapping[str, Any]) -> None:
     chosen = [key for key in (*_OWN_SIGMAS, "use_lu_lambdas") if c.get(key)]
     if len(chosen) > 1:
         raise refuse(chosen[1], c[chosen[1]], f"one way to choose sigmas, and {chosen[0]} is another")
-

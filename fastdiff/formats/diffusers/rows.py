@@ -46,7 +46,7 @@ RULES = {
     "EulerAncestralDiscreteScheduler": Rule("euler_ancestral", lambda _: {}, False),
     "HeunDiscreteScheduler": Rule("heun", lambda _: {}, True),
     "DPMSolverMultistepScheduler": Rule("dpm_multistep", _multistep, True),
-    "PNDMScheduler": Rule("plms", lambda _: {}, True),
+    "PNDMScheduler": Rule("plms", lambda _: {"clipped_direction": False}, True),
 }
 
 

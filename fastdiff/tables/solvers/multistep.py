@@ -156,12 +156,13 @@ def _eps(levels: Levels, sde: bool, order: int, kind: str, ends: tuple[int, ...]
 _ADAMS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def plms(levels: Levels, order: int = 4, twice: bool = True) -> Table:
+def plms(levels: Levels, order: int = 4, twice: bool = True, clipped_direction: bool = True) -> Table:
     """y' = y + (v - u) sum_j w_j eps_j, eps_j of this row and up to three before: Adams-Bashforth's weights.
 
     Liu 2022 (PNDM), eq. 9 and 12, as a linear multistep method; the weights take the steps as equal, so that the order
     is 2 at most, and 1 on uneven grids. The first rows have what history there is.
     twice: the first step calls the network at both of its ends (Heun's), in two rows, as latent-diffusion does.
+    clipped_direction: as in `ddim`; False keeps more digits of a network that predicts eps.
     Raises ValueError for another order than 1 to 4.
     """
     if order not in (1, 2, 3, 4):
@@ -172,17 +173,27 @@ def plms(levels: Levels, order: int = 4, twice: bool = True) -> Table:
         weights = _ADAMS[min(k, order - 1)]
         w[k, : len(weights)] = weights
     e = (u - v)[:, None] * w
-    table = table_of(u, a=(u * (1 - w[:, 0]) + v * w[:, 0]) / u, b0=e[:, 0] / u, p=1 / u, q=-1 / u)
+    a, b0, be = _towards(u, v, w[:, 0], clipped_direction)
+    table = table_of(u, a=a, b0=b0, be=be, p=1 / u, q=-1 / u)
     table.coef[:, 3:6] = -e[:, 1:]
     if not twice or len(u) < 2 or order == 1:
         return table
     # y_v = y + (v - u) eps_u, then y_v + (v - u)(eps_v - eps_u)/2, which is not remembered
-    half = (u[0] - v[0]) / 2
-    stage = table_of(v[:1], a=1 - half / v[0], b0=half / v[0], b1=half)
+    half, one = (u[:1] - v[:1]) / 2, v[:1]
+    a, b0, be = _towards(one, one - half, np.ones(1), clipped_direction)
+    stage = table_of(one, a=a, b0=b0, be=be, b1=half)
 
-    def insert(one: Array, two: Array) -> Array:
-        return np.concatenate([one[:1], two, one[1:]])
+    def insert(a: Array, b: Array) -> Array:
+        return np.concatenate([a[:1], b, a[1:]])
 
     end = insert(table.end, stage.end)
     end[0] = 0.0
     return Table(insert(table.u, stage.u), insert(table.coef, stage.coef), insert(table.hist, stage.hist), end)
+
+
+def _towards(u: Array, v: Array, w: Array, clipped: bool) -> tuple[Array, Array, Array]:
+    """y + (v - u) w eps as a, b0, be: eps = (y - x0)/u from the clipped x0, or the network's own with x0 beside it."""
+    if not clipped:
+        return np.zeros_like(u), np.ones_like(u), u * (1 - w) + v * w
+    # v/u to its last digit where w is 1
+    return (u * (1 - w) + v * w) / u, (u - v) * w / u, np.zeros_like(u)
