@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastdiff import row
 from fastdiff.ops import step_
-from fastdiff.ops.step import x0_ref
 from fastdiff.tables.curve import Array
 
 
@@ -82,13 +81,19 @@ def take(
     written = line[row.Q] == 1 and line[row.P] == 0
     x0 = None
     if show and not written:
-        x0 = x0_ref(x, F, rows[i]).clamp(-line[row.CLIP], line[row.CLIP])
+        x0 = image(x, F, line[row.C_SKIP], line[row.C_OUT])
+        x0 = x0.clamp_(-line[row.CLIP], line[row.CLIP]) if np.isfinite(line[row.CLIP]) else x0
     if noise is not None:
         noise = noise.to(x)
     step_(x, None, h, F, rows, ks[i : i + 1], index, seed, variance=variance, noise=noise)
     if show and written:
         x0 = h[int(line[row.SLOT])].clone()
     return Stepped(x, x0)
+
+
+def image(x: Tensor, F: Tensor, c_skip: float, c_out: float) -> Tensor:
+    """c_skip x + c_out F, what the network says x0 is."""
+    return F[:, : x.shape[1]].to(x).mul(float(c_out)).add_(x, alpha=float(c_skip))
 
 
 def thresholded(x0: Tensor, ratio: float, largest: float) -> Tensor:

@@ -22,6 +22,7 @@ from fastdiff.formats.diffusers.program import (
     Slots,
     Stepped,
     from_variance,
+    image,
     per_image,
     take,
     thresholded,
@@ -50,6 +51,8 @@ class DiffusersScheduler:
     """
 
     config_name = "scheduler_config.json"
+    _asked: str
+    _programs: dict[Any, Program]
 
     def __init__(self, config: Mapping[str, Any] | None = None, **keys: Any) -> None:
         self._internal_dict = {**(config or {}), **keys}
@@ -103,7 +106,7 @@ class DiffusersScheduler:
         self._reading = read(config)
         self._config = Config({**DEFAULTS[self._reading.name], **config, "_class_name": self._reading.name})
         self.num_inference_steps: int | None = None
-        self._lay(all_times(self._reading), None)
+        self._lay(all_times(self._reading), None, {})
 
     @property
     def _T(self) -> int:
@@ -161,12 +164,16 @@ class DiffusersScheduler:
         num_inference_steps, or timesteps (falling; not PNDM), or sigmas (Euler; the last one included). device: where
         `timesteps` is to be. Raises ValueError for more steps than the schedule has, and for two of the three.
         """
-        laid = lay(self._reading, num_inference_steps, timesteps, sigmas)
+        asked = repr((num_inference_steps, timesteps, sigmas))
+        # a pipeline asks again at every call: the same grid has the same rows
+        same = asked == self._asked
+        laid = self._laid if same else lay(self._reading, num_inference_steps, timesteps, sigmas)
         self.num_inference_steps = len(laid.levels.t) - 1
-        self._lay(laid, device)
+        self._lay(laid, device, self._programs if same else {})
+        self._asked = asked
 
-    def _lay(self, laid: Laid, device: Device) -> None:
-        self._laid = laid
+    def _lay(self, laid: Laid, device: Device, programs: dict[Any, Program]) -> None:
+        self._laid, self._programs, self._asked = laid, programs, ""
         whole = self._reading.name in (*IN_ALPHA, *MULTISTEP)
         told = torch.from_numpy(laid.levels.t[laid.step]).to(torch.int64 if whole else torch.float32)
         self.told = told.double().numpy()
@@ -175,7 +182,6 @@ class DiffusersScheduler:
         self.sigmas = torch.from_numpy(self.u).float()
         self._begin_index: int | None = None
         self._step_index: int | None = None
-        self._programs: dict[Any, Program] = {}
         self._start, self._slots = 0, Slots()
 
     @property
@@ -265,7 +271,7 @@ class DiffusersScheduler:
         c, line = self._reading.keys, program.rows[k - program.begin]
         kind = self._reading.predicts.removesuffix("+range")
         _, c_skip, c_out = predict(kind, line[row.ALPHA], line[row.SIGMA])
-        raw = float(c_skip) * x + float(c_out) * F[:, : x.shape[1]].to(x)
+        raw = image(x, F, float(c_skip), float(c_out))
         x0 = thresholded(raw, c["dynamic_thresholding_ratio"], c["sample_max_value"])
         # DDIM goes in the direction of the network's own output unless it is asked not to
         own = not ask.options.get("clipped_direction", True)
@@ -321,5 +327,5 @@ class DiffusersScheduler:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._internal_dict = state.pop("config")
-        self._lay(relaid(self._reading, *state.pop("grid")), None)
+        self._lay(relaid(self._reading, *state.pop("grid")), None, {})
         self.__dict__.update(state)
