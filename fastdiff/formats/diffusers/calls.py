@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from fastdiff.formats.diffusers.noise import Generators
@@ -157,17 +156,3 @@ CALLS: dict[str, Callable[..., Result]] = {
     "DPMSolverMultistepScheduler": _multistep,
     "PNDMScheduler": _plms,
 }
-
-
-def index_in(told: np.ndarray[Any, Any], value: float, second: bool) -> int:
-    """Where `value` is in the times that the network is told; of two places the second, where a step begins.
-
-    Raises ValueError where it is not.
-    """
-    places = np.flatnonzero(told == value)
-    if len(places) == 0:
-        raise ValueError(
-            f"step: timestep={value:g} is not on the grid of {len(told)} calls from {told[0]:g} to {told[-1]:g}; pass "
-            "one of scheduler.timesteps, or set_timesteps(timesteps=...) with times of yours"
-        )
-    return int(places[1 if second and len(places) > 1 else 0])

@@ -79,6 +79,20 @@ def relaid(reading: Reading, t: Array, u: Array, step: npt.NDArray[np.int64], st
     return Laid(grid, step, starts)
 
 
+def index_in(told: Array, value: float, second: bool) -> int:
+    """Where `value` is in the times that the network is told; of two places the second, where a step begins.
+
+    Raises ValueError where it is not.
+    """
+    places = np.flatnonzero(told == value)
+    if len(places) == 0:
+        raise ValueError(
+            f"step: timestep={value:g} is not on the grid of {len(told)} calls from {told[0]:g} to {told[-1]:g}; pass "
+            "one of scheduler.timesteps, or set_timesteps(timesteps=...) with times of yours"
+        )
+    return int(places[1 if second and len(places) > 1 else 0])
+
+
 def _descending(name: str, values: Sequence[float], largest: float) -> None:
     v = np.array(values, dtype=np.float64)
     if v.ndim != 1 or v.size == 0 or not ((v >= 0) & (v <= largest)).all() or not (np.diff(v) < 0).all():

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from fastdiff import row
+from fastdiff.formats.diffusers.calls import Ask
+from fastdiff.formats.diffusers.config import Reading
+from fastdiff.formats.diffusers.grid import IN_ALPHA, Laid, index_in
 from fastdiff.ops import step_
 from fastdiff.tables.curve import Array
+from fastdiff.tables.predict import predict
 
 
 class Program:
@@ -85,6 +89,9 @@ def take(
         x0 = x0.clamp_(-line[row.CLIP], line[row.CLIP]) if np.isfinite(line[row.CLIP]) else x0
     if noise is not None:
         noise = noise.to(x)
+    elif x.device.type != "cpu":
+        # a row without noise reads none; it would be drawn where the device is not asked
+        noise = x
     step_(x, None, h, F, rows, ks[i : i + 1], index, seed, variance=variance, noise=noise)
     if show and written:
         x0 = h[int(line[row.SLOT])].clone()
@@ -106,6 +113,29 @@ def thresholded(x0: Tensor, ratio: float, largest: float) -> Tensor:
     return torch.minimum(torch.maximum(x0, -s), s) / s
 
 
+def take_thresholded(
+    program: Program,
+    call: int,
+    slots: Slots,
+    x: Tensor,
+    F: Tensor,
+    noise: Tensor | None,
+    variance: str | None,
+    reading: Reading,
+    ask: Ask,
+) -> Stepped:
+    """As `take`, of rows that are told an image in the place of F: what the network says, thresholded."""
+    line = program.rows[call - program.begin]
+    _, c_skip, c_out = predict(reading.predicts.removesuffix("+range"), line[row.ALPHA], line[row.SIGMA])
+    raw = image(x, F, float(c_skip), float(c_out))
+    x0 = thresholded(raw, reading.keys["dynamic_thresholding_ratio"], reading.keys["sample_max_value"])
+    # DDIM goes in the direction of the network's own output unless it is asked not to
+    own = not ask.options.get("clipped_direction", True)
+    told = torch.cat([raw if own else x0, F[:, x.shape[1] :].to(x)], 1)
+    y = take(program, call, slots, x, told, noise, variance=variance, show=False).x
+    return Stepped(y + float(line[row.B0]) * (x0 - raw) if own else y, x0)
+
+
 def from_variance(F: Tensor, channels: int, line: Array) -> Tensor:
     """The network's own variance g, where rows read a fraction of a range in log s2: the v with s2 = g."""
     low, high = float(line[row.V0]), float(line[row.V1])
@@ -118,3 +148,16 @@ def from_variance(F: Tensor, channels: int, line: Array) -> Tensor:
 def per_image(values: Array, x: Tensor) -> Tensor:
     """(N,) numbers as (N, 1, ..., 1) in the dtype and on the device of x."""
     return torch.from_numpy(np.asarray(values)).to(x).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def levels_at(reading: Reading, laid: Laid, told: Array, call: int | None, timesteps: Tensor) -> tuple[Array, Array]:
+    """alpha and sigma (N,) at times of the schedule, or for classes that step over sigmas at these places of the grid.
+
+    call: the call that is meant whatever the times are, where a pipeline has said where its loop starts.
+    """
+    t = timesteps.detach().double().cpu().reshape(-1).numpy()
+    if reading.name in IN_ALPHA:
+        return reading.schedule.alpha(t), reading.schedule.sigma(t)
+    calls = [index_in(told, float(value), second=True) if call is None else call for value in t]
+    step = laid.step[calls]
+    return laid.levels.alpha[step], laid.levels.sigma[step]

@@ -12,25 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import row
-from fastdiff.formats.diffusers.calls import CALLS, Ask, Output, Result, index_in
+from fastdiff.formats.diffusers.calls import CALLS, Ask, Output, Result
 from fastdiff.formats.diffusers.config import DEFAULTS, Config, read
-from fastdiff.formats.diffusers.grid import IN_ALPHA, Laid, all_times, lay, relaid
+from fastdiff.formats.diffusers.grid import IN_ALPHA, Laid, all_times, index_in, lay, relaid
 from fastdiff.formats.diffusers.noise import randn
 from fastdiff.formats.diffusers.program import (
     Program,
     Slots,
-    Stepped,
     from_variance,
-    image,
+    levels_at,
     per_image,
     take,
-    thresholded,
+    take_thresholded,
     widened,
 )
 from fastdiff.formats.diffusers.rows import EXPLODING, RULES, churned, rows_of
 from fastdiff.tables.curve import Array
-from fastdiff.tables.predict import predict
 
 MULTISTEP = ("DPMSolverMultistepScheduler",)
 NARROWING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *MULTISTEP)
@@ -255,7 +252,7 @@ class DiffusersScheduler:
             F = from_variance(F, channels, program.rows[k - program.begin])
         show = ask.both or ask.return_dict
         if self._reading.keys.get("thresholding"):
-            y, x0 = self._thresholded(program, k, x, F, noise, variance, ask)
+            y, x0 = take_thresholded(program, k, self._slots, x, F, noise, variance, self._reading, ask)
         else:
             y, x0 = take(program, k, self._slots, x, F, noise, variance=variance, show=show)
         self._step_index = k + 1
@@ -263,21 +260,6 @@ class DiffusersScheduler:
         if ask.return_dict:
             return Output(y, x0)
         return (y, x0) if ask.both and x0 is not None else (y,)
-
-    def _thresholded(
-        self, program: Program, k: int, x: Tensor, F: Tensor, noise: Tensor | None, variance: str | None, ask: Ask
-    ) -> Stepped:
-        """As `take`, of rows that are told an image in the place of F: what the network says, thresholded."""
-        c, line = self._reading.keys, program.rows[k - program.begin]
-        kind = self._reading.predicts.removesuffix("+range")
-        _, c_skip, c_out = predict(kind, line[row.ALPHA], line[row.SIGMA])
-        raw = image(x, F, float(c_skip), float(c_out))
-        x0 = thresholded(raw, c["dynamic_thresholding_ratio"], c["sample_max_value"])
-        # DDIM goes in the direction of the network's own output unless it is asked not to
-        own = not ask.options.get("clipped_direction", True)
-        told = torch.cat([raw if own else x0, F[:, x.shape[1] :].to(x)], 1)
-        y = take(program, k, self._slots, x, told, noise, variance=variance, show=False).x
-        return Stepped(y + float(line[row.B0]) * (x0 - raw) if own else y, x0)
 
     def _program(self, k: int, ask: Ask) -> Program:
         """The rows of this call."""
@@ -306,17 +288,9 @@ class DiffusersScheduler:
         return per_image(alpha, sample) * noise - per_image(sigma, sample) * sample
 
     def _levels_at(self, timesteps: Tensor) -> tuple[Array, Array]:
-        """alpha and sigma at times of the schedule, or at places of the grid for the classes that step over sigmas."""
-        t = timesteps.detach().double().cpu().reshape(-1).numpy()
-        if self._reading.name in IN_ALPHA:
-            return self._reading.schedule.alpha(t), self._reading.schedule.sigma(t)
-        if self._begin_index is None:
-            calls = [index_in(self.told, float(value), second=True) for value in t]
-        else:
-            # a pipeline that says where its loop starts means that call, or the one that comes next
-            calls = [self._begin_index if self._step_index is None else self._step_index] * len(t)
-        step = self._laid.step[calls]
-        return self._laid.levels.alpha[step], self._laid.levels.sigma[step]
+        """alpha and sigma of each time; a pipeline that says where its loop starts means the call that comes next."""
+        call = self._begin_index if self._step_index is None else self._step_index
+        return levels_at(self._reading, self._laid, self.told, None if self._begin_index is None else call, timesteps)
 
     # copies: schedules hold functions, which do not travel
 
