@@ -150,11 +150,11 @@ def _integers(T: int, steps: int | None, name: str, steps_offset: int) -> Array:
     if n > T:
         raise ValueError(f"steps={n} exceeds the schedule's T={T}; take at most {T}, or spacing='karras'")
     if name == "trailing":
-        found = np.round(T + np.arange(n) * (-T / n)) - 1
+        found = trailing(T, n, T)
     elif name == "leading":
         found = (np.arange(n) * (T // n))[::-1] + float(steps_offset)
     elif name == "linspace":
-        found = np.round(np.linspace(0, T - 1, n))[::-1]
+        found = np.asarray(np.round(np.linspace(0, T - 1, n))[::-1], np.float64)
     else:
         found = np.floor(np.linspace(0, np.sqrt(T * 0.8), n) ** 2)[::-1]
     if found.max() > T - 1:
@@ -162,6 +162,14 @@ def _integers(T: int, steps: int | None, name: str, steps_offset: int) -> Array:
             f"steps={n} with steps_offset={steps_offset} asks for t={found.max():g} > {T - 1}; lower either"
         )
     return found
+
+
+def trailing(T: int, n: int, start: int) -> Array:
+    """n times from start - 1 down by T/n, rounded as diffusers does, ties included: numpy.arange adds the step rounded.
+
+    It may have one value more than n, and none less.
+    """
+    return np.asarray(np.round(np.arange(start, 0, -T / n)[:n]) - 1, np.float64)
 
 
 def _respaced(T: int, name: str) -> Array:

@@ -316,3 +316,17 @@ def test_cosine_and_eps_are_ill_conditioned(monkeypatch: pytest.MonkeyPatch) -> 
     assert worst > 1e3
     assert 1e-5 < errors["epsilon"] < 1e-5 * worst
     assert errors["v_prediction"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["DDPM", "EulerDiscrete", "DPMSolverMultistep"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_times_of_every_number_of_steps(name: str, spacing: str) -> None:
+    """1 to 1000, roundings of halves included; without the one that is too many in test_scheduler_differences."""
+    peer = peer_of(name, {"timestep_spacing": spacing})
+    ours = fd.DiffusersScheduler.from_config(peer.config)
+    for n in range(1, 1001 if name == "DDPM" else 1000):
+        if name != "DDPM" and n % 7 and n % 48:
+            continue
+        for scheduler in (peer, ours):
+            scheduler.set_timesteps(n)
+        assert ours.timesteps.tolist() == peer.timesteps.tolist()[:n], n

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdiff.formats.diffusers.config import Reading
-from fastdiff.tables.grid import Levels, levels, levels_of_u, times
+from fastdiff.tables.grid import Levels, levels, levels_of_u, times, trailing
 from fastdiff.tables.schedule import Array, Schedule
 
 STAGES = ("HeunDiscreteScheduler", "PNDMScheduler")
@@ -175,7 +175,7 @@ def _spaced(c: dict[str, Any], n: int) -> Array:
         raise ValueError(f"num_inference_steps={n} exceeds num_train_timesteps={T} for {spacing!r}; take at most {T}")
     if spacing == "leading":
         return np.asarray((np.arange(n) * (T // n))[::-1] + float(c["steps_offset"]))
-    return np.asarray(np.round(T + np.arange(n) * (-T / n)) - 1)
+    return trailing(T, n, T)
 
 
 def _multistep_times(c: dict[str, Any], own: Array, n: int) -> Array:
@@ -190,8 +190,8 @@ def _multistep_times(c: dict[str, Any], own: Array, n: int) -> Array:
         return np.asarray((np.arange(n + 1) * (last // (n + 1)))[::-1][:-1] + float(c["steps_offset"]))
     if n > T:
         raise ValueError(f"num_inference_steps={n} exceeds num_train_timesteps={T} for 'trailing'; take at most {T}")
-    found = np.round(last + np.arange(n) * (-T / n)) - 1
-    return np.asarray(found[found >= 0])
+    found = trailing(T, n, last)
+    return found[found >= 0]
 
 
 def _ramp(c: dict[str, Any]) -> str | None:
