@@ -152,9 +152,9 @@ def _integers(T: int, steps: int | None, name: str, steps_offset: int) -> Array:
     if name == "trailing":
         found = trailing(T, n, T)
     elif name == "leading":
-        found = (np.arange(n) * (T // n))[::-1] + float(steps_offset)
+        found = np.arange(n, dtype=np.float64)[::-1] * (T // n) + steps_offset
     elif name == "linspace":
-        found = np.asarray(np.round(np.linspace(0, T - 1, n))[::-1], np.float64)
+        found = np.round(np.linspace(0, T - 1, n))[::-1]
     else:
         found = np.floor(np.linspace(0, np.sqrt(T * 0.8), n) ** 2)[::-1]
     if found.max() > T - 1:

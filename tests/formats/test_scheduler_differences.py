@@ -100,6 +100,22 @@ def test_the_noise_behind_the_last_step() -> None:
     assert torch.allclose(ends[1], x0, atol=1e-7)
 
 
+def test_the_first_noise_of_zero_snr() -> None:
+    """From pure noise x_s = alpha_s x0 + sigma_s z; diffusers' fixed_large draws 1 z, more than the level has."""
+    keys = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    with wide("DDPM"):
+        peer, ours = pair("DDPM", keys | {"variance_type": "fixed_large"}, 2)
+        zero, ends = start() * 0, []
+        for scheduler in (peer, ours):
+            generator = torch.Generator().manual_seed(2)
+            ends.append(scheduler.step(zero, scheduler.timesteps[0], zero, generator=generator).prev_sample)
+        z = torch.randn(zero.shape, generator=torch.Generator().manual_seed(2))
+    assert float((ends[0] - z).abs().max()) < 1e-12
+    sigma = float(np.sqrt(1 - ours.alphas_cumprod[499].double().numpy()))
+    assert float((ends[1] - sigma * z).abs().max()) < 1e-6
+    assert sigma < 0.97
+
+
 def test_fixed_large_log_is_the_logarithm_of_a_variance() -> None:
     """diffusers takes its square root: NaN. Ours draws noise of that variance."""
     peer, ours = pair("DDPM", {"variance_type": "fixed_large_log"}, 10)
@@ -174,3 +190,28 @@ def test_levels_that_repeat() -> None:
         ours.set_timesteps(990)
         other = loop(ours, start(), [float(t) for t in ours.timesteps])
         assert float((end - other).abs().max()) < 1e-4
+
+
+def test_a_level_that_the_last_step_repeats() -> None:
+    """Karras sigmas end at the schedule's lowest, and final_sigmas_type="sigma_min" appends it once more."""
+    config = {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "solver_order": 3}
+    peer, ours = pair("DPMSolverMultistep", config | {"prediction_type": "v_prediction"}, 20)
+    told, states = [float(t) for t in peer.timesteps], []
+    assert loop(peer, start(torch.float32), told).isnan().all()
+    loop(ours, start(), told, states=states)
+    # nothing is left to do there
+    assert float((states[-1] - states[-2]).abs().max()) < 1e-14
+    noisy = fd.DiffusersScheduler.from_config(ours.config, solver_order=2, algorithm_type="sde-dpmsolver++")
+    noisy.set_timesteps(20)
+    loop(noisy, start(), told, states=states, generator=torch.Generator().manual_seed(0))
+    assert float((states[-1] - states[-2]).abs().max()) < 1e-14
+
+
+def test_noise_before_a_number_of_steps_is_set() -> None:
+    """DPMSolverMultistep's first sigmas rise while its timesteps fall: add_noise takes the level of 999 - t for t."""
+    peer, x0 = peer_of("DPMSolverMultistep", {}), start(torch.float32)
+    ours = fd.DiffusersScheduler.from_config(peer.config)
+    noise, t = x0.flip(0), torch.tensor([100, 100])
+    alpha, sigma = (float(f(np.array(100.0))) for f in (fd.linear().alpha, fd.linear().sigma))
+    assert torch.allclose(ours.add_noise(x0, noise, t), alpha * x0 + sigma * noise, atol=1e-6)
+    assert torch.allclose(peer.add_noise(x0, noise, t), ours.add_noise(x0, noise, 999 - t), atol=1e-4)

@@ -132,7 +132,10 @@ def _in_u(reading: Reading, n: int | None, timesteps: Any, sigmas: Any) -> Level
             t = np.array(timesteps, dtype=np.float64)
         if ramp:
             first, last = (own[-1], own[0]) if multistep else _interpolated(own, t[[0, -1]])
-            u = _RAMPS[ramp](_or(c.get("sigma_max"), first), _or(c.get("sigma_min"), last), len(t))
+            high, low = _or(c.get("sigma_max"), first), _or(c.get("sigma_min"), last)
+            u = _RAMPS[ramp](high, low, len(t))
+            # a power and its root do not come back exactly, and the next level may be this one
+            u[-1] = low if len(u) > 1 else high
             t = schedule.inverse(u)
             if multistep and ramp in _ROUNDED and c["beta_schedule"] != "squaredcos_cap_v2":
                 t = np.rint(t)
