@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.formats.diffusers.schedule import one_of, refuse
+from fastdiff.formats.diffusers.refusal import one_of, refuse
 from fastdiff.ops.time_embed import time_embed
 
 _UNET: dict[str, Any] = {

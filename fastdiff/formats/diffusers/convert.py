@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.formats.diffusers import condition, unet2d
 from fastdiff.formats.diffusers.names import modules, renamed, theirs
-from fastdiff.formats.diffusers.schedule import refuse
+from fastdiff.formats.diffusers.refusal import refuse
 from fastdiff.formats.names import Parts, fits, join
 from fastdiff.nn.unet import UNet
 

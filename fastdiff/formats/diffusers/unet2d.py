@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastdiff.formats.diffusers.schedule import one_of, refuse
+from fastdiff.formats.diffusers.refusal import one_of, refuse
 
 _UNET: dict[str, Any] = {
     "sample_size": None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastdiff.files.atomic import replace_folder, sync
 from fastdiff.formats.diffusers.names import modules, theirs
 from fastdiff.formats.diffusers.read import WEIGHTS
-from fastdiff.formats.diffusers.schedule import refuse
+from fastdiff.formats.diffusers.refusal import refuse
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser

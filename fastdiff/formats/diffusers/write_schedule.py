@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.formats.diffusers.schedule import refuse
+from fastdiff.formats.diffusers.refusal import refuse
 from fastdiff.sampling.denoiser import Denoiser
 from fastdiff.tables.schedule import Schedule
 
