@@ -1,7 +1,7 @@
 """The throughput report: ours and rivals in one run, in turn, checked before they are timed.
 
     python benchmarks/run.py ops|unet|sampler|all [--device cpu|cuda] [--quick] [--only TEXT] [--rounds N]
-        [--threads N] [--out DIR] [--large]
+        [--threads N] [--out DIR] [--large] [--update]
     python benchmarks/run.py unet|sampler --device cuda [--smoke] [--budget SECONDS] [--only TEXT] [--out DIR]
 
 Prints a table and writes <section>.json (every repetition) and <section>.md under benchmarks/results/<device>/. On a
@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 # behind what is installed: the report is about that, not about a source tree without compiled kernels
 sys.path.append(str(HERE.parent))
 
-from benchmarks import network_table  # noqa: E402
+from benchmarks import network_table, update  # noqa: E402
 from benchmarks.case import Case, together  # noqa: E402
 from benchmarks.cpu import threads_of  # noqa: E402
 from benchmarks.machine import machine  # noqa: E402
@@ -223,6 +223,13 @@ def on_gpu(section: str, args: argparse.Namespace, out: Path) -> None:
     networks.report(given, machine(args.device), save)
 
 
+def in_place(out: Path, section: str, new: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """An earlier report of the section with these cases in it."""
+    old = json.loads((out / f"{section}.json").read_text())
+    found = {case["title"]: lines(case, new["copy_bytes_per_second"]) for case in new["cases"]}
+    return update.record(old, new), update.text((out / f"{section}.md").read_text(), found, new["machine"])
+
+
 def write(out: Path, section: str, record: dict[str, Any], text: str) -> None:
     """Both files of a section."""
     out.mkdir(parents=True, exist_ok=True)
@@ -238,6 +245,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, nothing compiled: a minute")
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their titles; writes no files "
                         "but into --out, and for the rows of networks on a GPU")  # fmt: skip
+    parser.add_argument("--update", action="store_true", help="with --only, on a CPU: put these cases into the "
+                        "report that is there")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=None, help="default: 15 on a CPU, 50 on a GPU")
     parser.add_argument("--threads", type=int, default=None, help="torch's threads")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/<device>")
@@ -270,7 +279,9 @@ def main() -> int:
                 rounds = args.rounds or (15 if args.device == "cpu" else 50)
                 more = ("bench_large",) if args.large and section == "unet" else ()
                 record, text = report(section, args.device, rounds, args.quick, args.only, more)
-                if args.only and args.out is None:
+                if args.update:
+                    record, text = in_place(out, section, record)
+                elif args.only and args.out is None:
                     continue
                 write(out, section, record, text)
         except NothingFound as error:
