@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
 from functools import partial
 from typing import Any, TypeVar
@@ -42,7 +43,7 @@ def optimize(model: Net, *, tactics: Tactics | None = None) -> Net:
     before the next call. What the kernels cannot do (gradients to weights, hooks inside, masks, sizes that the net does
     not halve evenly) runs the model's own forward, with one warning a reason. `print(fast.fastdiff)` says what runs.
 
-    Any other module gets `fd.patch` in place and is returned itself; `model.fastdiff.undo()` takes it back.
+    Any other module gets `fd.patch` in place, see there, and is returned itself.
 
     tactics: see `fd.nn.Tactics`. Raises TypeError for what is no module.
     """
@@ -58,8 +59,7 @@ def optimize(model: Net, *, tactics: Tactics | None = None) -> Net:
         if reason is None:
             return _face(model, engine)
         warnings.warn(f"fd.optimize: {reason}; its norms are fused in place by fd.patch instead", stacklevel=2)
-    if not hasattr(model, "fastdiff"):
-        model.fastdiff = patch(model)  # type: ignore[assignment]
+    patch(model)
     return model
 
 
@@ -75,6 +75,7 @@ class Engine:
         self._scale = 1.0
         self._reason: str | None = None
         self._said: set[str] = set()
+        self._lock = threading.Lock()
 
     @property
     def net(self) -> PreparedUNet | None:
@@ -127,7 +128,8 @@ class Engine:
             return NotImplemented
         try:
             call = self.kind.call(*given.args, **given.kwargs)
-            net = self._ready(call.scale)
+            with self._lock:
+                net = self._ready(call.scale)
             self._takes(net, call.x)
         except NotRead as error:
             self._say(str(error))
@@ -182,7 +184,8 @@ class Engine:
             self._drop()
             try:
                 self._net = self._pack(scale)
-            except NotRead as error:
+            except (NotRead, ValueError) as error:
+                # ValueError: a config that was changed since, parameters made under inference_mode
                 self._reason = str(error)
 
     def _drop(self) -> None:
