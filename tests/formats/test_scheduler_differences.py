@@ -168,11 +168,9 @@ def test_third_order_sde() -> None:
     assert abs(ends[1] - R2 * h**2) < abs(ends[0] - R2 * h**2) / 3
 
 
-@pytest.mark.parametrize("n", [61, 999])
+@pytest.mark.parametrize("n", [61, 998])
 def test_a_step_too_many(n: int) -> None:
     """numpy.arange of trailing times ends one late where 1000/n rounds down: diffusers then steps from t = -1."""
-    if len(np.arange(1000, 0, -1000 / n)) == n:
-        pytest.skip("not such a number")
     peer, ours = pair("DDPM", {"timestep_spacing": "trailing"}, n)
     assert int(peer.timesteps[-1]) == -1
     assert len(ours.timesteps) == n

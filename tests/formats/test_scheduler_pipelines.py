@@ -148,6 +148,47 @@ def test_image_to_image(name: str) -> None:
         assert np.abs(got - want).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["EulerDiscrete", "DPMSolverMultistep"])
+def test_stable_diffusion_xl(name: str) -> None:
+    """Begin index, denoising_end and a second pipeline that takes over from there."""
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=16 + 6 * 4,
+    )
+    sd = stable_diffusion("StableDiffusionPipeline", diffusers.DDIMScheduler(steps_offset=1, clip_sample=False))
+    parts = {"vae": sd.vae, "text_encoder": None, "text_encoder_2": None, "tokenizer": None, "tokenizer_2": None}
+    scheduler = getattr(diffusers, f"{name}Scheduler")(**SCHEDULERS[name])
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, unet=net, scheduler=scheduler, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    g = torch.Generator().manual_seed(2)
+    call = {
+        "prompt_embeds": torch.randn(1, 8, 16, generator=g),
+        "pooled_prompt_embeds": torch.randn(1, 16, generator=g),
+    }
+    call |= {"negative_prompt_embeds": torch.zeros(1, 8, 16), "negative_pooled_prompt_embeds": torch.zeros(1, 16)}
+    call |= {"num_inference_steps": 10, "height": 16, "width": 16}
+    images = []
+    for other in (False, True):
+        if other:
+            pipe.scheduler = fd.DiffusersScheduler.from_config(pipe.scheduler.config)
+        half = pipe(generator=torch.Generator().manual_seed(7), output_type="latent", denoising_end=0.6, **call).images
+        images += [half, pipe(generator=torch.Generator().manual_seed(7), output_type="pt", **call).images]
+    for theirs, ours in zip(images[:2], images[2:], strict=True):
+        assert float((theirs - ours).abs().max()) < 1e-4
+
+
 def test_a_folder_that_diffusers_reads_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = diffusers.DDIMPipeline(unet(), diffusers.DDIMScheduler(clip_sample_range=2.0))
     pipe.scheduler = fd.DiffusersScheduler.from_config(pipe.scheduler.config, beta_end=0.03)
