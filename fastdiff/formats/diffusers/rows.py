@@ -18,6 +18,9 @@ from fastdiff.tables.solvers.multistep import SHORT
 
 EXPLODING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 """Classes whose state is x0 + u eps, and whose network input is scaled."""
+MULTISTEP = "DPMSolverMultistepScheduler"
+NARROWING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", MULTISTEP)
+"""Classes whose state comes back in the dtype of the network's output."""
 VARIANCES = {
     **dict.fromkeys(("fixed_small", "fixed_small_log"), "beta_tilde"),
     **dict.fromkeys(("fixed_large", "fixed_large_log"), "beta"),
@@ -45,7 +48,7 @@ RULES = {
     "EulerDiscreteScheduler": Rule("euler", lambda _: {}, False),
     "EulerAncestralDiscreteScheduler": Rule("euler_ancestral", lambda _: {}, False),
     "HeunDiscreteScheduler": Rule("heun", lambda _: {}, True),
-    "DPMSolverMultistepScheduler": Rule("dpm_multistep", _multistep, True),
+    MULTISTEP: Rule("dpm_multistep", _multistep, True),
     "PNDMScheduler": Rule("plms", lambda _: {"clipped_direction": False}, True),
 }
 
@@ -54,7 +57,7 @@ def _of_grid(reading: Reading, laid: Laid, begin: int) -> dict[str, Any]:
     """Options that depend on how long the grid is, and on where the loop starts in it."""
     if reading.name == "PNDMScheduler":
         return {"twice": begin == 0 and not laid.starts.all()}
-    if reading.name != "DPMSolverMultistepScheduler":
+    if reading.name != MULTISTEP:
         return {}
     c, n = reading.keys, len(laid.step)
     few = c["lower_order_final"] and n < SHORT

@@ -39,6 +39,8 @@ def schedule_of(scheduler_config: Mapping[str, Any]) -> tuple[Schedule, str, dic
         if c.get(key) not in (only, None):
             raise refuse(key, c[key], f"{only!r}; fd.DiffusersScheduler takes it")
     solver, options = _plainest(rule.solver, options)
+    if solver == "dpm_multistep" and not c["lower_order_final"]:
+        options["ends"] = []
     spacing = next((name for key, name in _RAMPS.items() if c.get(key)), c["timestep_spacing"])
     first = not c.get("set_alpha_to_one", True) or c.get("final_sigmas_type") == "sigma_min"
     defaults = {

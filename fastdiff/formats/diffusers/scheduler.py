@@ -26,12 +26,9 @@ from fastdiff.formats.diffusers.program import (
     take_thresholded,
     widened,
 )
-from fastdiff.formats.diffusers.rows import EXPLODING, RULES, churned, rows_of
+from fastdiff.formats.diffusers.rows import EXPLODING, MULTISTEP, NARROWING, RULES, churned, rows_of
 from fastdiff.tables.curve import Array
 
-MULTISTEP = ("DPMSolverMultistepScheduler",)
-NARROWING = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", *MULTISTEP)
-"""Classes whose state comes back in the dtype of the network's output."""
 Device = str | torch.device | None
 
 
@@ -171,7 +168,7 @@ class DiffusersScheduler:
 
     def _lay(self, laid: Laid, device: Device, programs: dict[Any, Program]) -> None:
         self._laid, self._programs, self._asked = laid, programs, ""
-        whole = self._reading.name in (*IN_ALPHA, *MULTISTEP)
+        whole = self._reading.name in (*IN_ALPHA, MULTISTEP)
         told = torch.from_numpy(laid.levels.t[laid.step]).to(torch.int64 if whole else torch.float32)
         self.told = told.double().numpy()
         self.u = np.append(laid.levels.u[laid.step], laid.levels.u[-1])
@@ -216,8 +213,6 @@ class DiffusersScheduler:
             return expected
         return index_in(self.told, value, self._reading.name != "PNDMScheduler")
 
-    # the loop
-
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """What the network is to see: the state, scaled to unit variance for Euler's and Heun's classes."""
         if self._reading.name not in EXPLODING:
@@ -241,7 +236,7 @@ class DiffusersScheduler:
         channels, x = sample.shape[1], widened(sample)
         noise = ask.noise
         if ask.draws and noise is None:
-            noise = randn(F[:, :channels], ask.generator, x.dtype if self._reading.name in MULTISTEP else None)
+            noise = randn(F[:, :channels], ask.generator, x.dtype if self._reading.name == MULTISTEP else None)
         if ask.gamma > 0:
             assert noise is not None
             x += ask.s_noise * float(self.u[k] * np.sqrt(ask.gamma * (2 + ask.gamma))) * noise.to(x)
@@ -250,11 +245,10 @@ class DiffusersScheduler:
         variance = self._variance
         if variance and self._reading.keys["variance_type"] == "learned":
             F = from_variance(F, channels, program.rows[k - program.begin])
-        show = ask.both or ask.return_dict
         if self._reading.keys.get("thresholding"):
             y, x0 = take_thresholded(program, k, self._slots, x, F, noise, variance, self._reading, ask)
         else:
-            y, x0 = take(program, k, self._slots, x, F, noise, variance=variance, show=show)
+            y, x0 = take(program, k, self._slots, x, F, noise, variance=variance, show=ask.both or ask.return_dict)
         self._step_index = k + 1
         y = y.to(result)
         if ask.return_dict:
