@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdiff.formats.diffusers.forward import Call
 from fastdiff.sampling.capture import Cuda, Recorded, Recorder
@@ -38,14 +38,14 @@ class Shape:
 
 
 class Graphs:
-    """F = net(x, t, cond, residuals): the first call of a shape warms up, the second is watched, the third captured.
+    """F = run(x, t, cond, residuals=...): the first call of a shape warms up, the second is watched, the third captured.
 
     Nothing is compiled. What makes the host wait for the device cannot be captured, and stays as it is. recorder: what
     captures.
     """
 
-    def __init__(self, net: nn.Module, recorder: Callable[[torch.device], Recorder] = Cuda) -> None:
-        self.net, self._make = net, recorder
+    def __init__(self, run: Callable[..., Tensor], recorder: Callable[[torch.device], Recorder] = Cuda) -> None:
+        self.run, self._make = run, recorder
         self._recorder: Recorder | None = None
         self._shapes: OrderedDict[tuple[Any, ...], Shape] = OrderedDict()
         self._lock = threading.Lock()
@@ -63,7 +63,7 @@ class Graphs:
             self._lock.release()
 
     def _run(self, call: Call) -> Tensor:
-        F: Tensor = self.net(call.x, call.t, call.cond, residuals=call.residuals)
+        F: Tensor = self.run(call.x, call.t, call.cond, residuals=call.residuals)
         return F
 
     def _played(self, call: Call, tensors: list[Tensor]) -> Tensor:

@@ -136,10 +136,10 @@ class Engine:
             return NotImplemented
         F: Tensor
         if call.x.is_cuda and not torch.cuda.is_current_stream_capturing():
-            self._graphs = self._graphs or Graphs(net)
+            self._graphs = self._graphs or Graphs(net.run)
             F = self._graphs(call)
         else:
-            F = net(call.x, call.t, call.cond, residuals=call.residuals)
+            F = net.run(call.x, call.t, call.cond, residuals=call.residuals)
         return self.kind.result(self.model, F, call)
 
     def _say(self, reason: str) -> None:

@@ -137,6 +137,19 @@ class PreparedUNet(nn.Module):
     ) -> Tensor:
         """F (N, out_channels, *spatial) in the packed dtype, channels_last where x need not be; see UNet."""
         self._follow(x)
+        return self.run(x, t, cond, table_row=table_row, deep=deep, residuals=residuals)
+
+    def run(
+        self,
+        x: Tensor,
+        t: Tensor | float | None,
+        cond: Cond = None,
+        *,
+        table_row: Tensor | None = None,
+        deep: Deep | None = None,
+        residuals: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """forward with the weights as they were packed last: for callers that `refresh` by themselves."""
         if self.times is not None and table_row is None:
             table_row = self.times(self.net.embed(t, cond, x))
         if self.tactics.channels_last and x.ndim == self.dims + 2 and x.ndim in LAST:
