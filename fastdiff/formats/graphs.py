@@ -38,7 +38,7 @@ class Shape:
 
 
 class Graphs:
-    """F = run(x, t, cond, residuals=...): the first call of a shape warms up, the second is watched, the third captured.
+    """F = run(x, t, cond, residuals=...): a shape is warmed up, then watched, then captured, a call each.
 
     Nothing is compiled. What makes the host wait for the device cannot be captured, and stays as it is. recorder: what
     captures.
