@@ -58,6 +58,7 @@ class Live:
         self._kinds = list(map(type, self._modules))
         self._dicts = [m.__dict__ for m in self._modules]
         self._sizes = list(map(len, self._dicts))
+        self._parameters = [m._parameters for m in model.modules() if m._parameters]
         self._hooks = [d[name] for d in self._dicts for name in _HOOKS[:2]]
         self._attention = [d for d in self._dicts if "processor" in d]
         self._processors = [d["processor"] for d in self._attention]
@@ -101,7 +102,8 @@ class Live:
                 return f"attention has a {type(processor).__name__}"
         return None
 
-
-def wants_gradients(model: nn.Module) -> bool:
-    """Whether a call would be expected to give gradients to parameters."""
-    return torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters())
+    def wants_gradients(self) -> bool:
+        """Whether a call would be expected to give gradients to parameters."""
+        if not torch.is_grad_enabled():
+            return False
+        return any(p is not None and p.requires_grad for held in self._parameters for p in held.values())

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastdiff.formats import known
 from fastdiff.formats.graphs import Graphs
 from fastdiff.formats.known import Kind
-from fastdiff.formats.live import Live, wants_gradients, weights
+from fastdiff.formats.live import Live, weights
 from fastdiff.formats.lora import NotRead
 from fastdiff.nn.follow import Packer, Restructured
 from fastdiff.nn.patch import patch
@@ -150,7 +150,8 @@ class Engine:
 
     def _takes(self, net: PreparedUNet, x: Tensor) -> None:
         """Raises NotRead for a call that the packed net would not compute as the model does."""
-        if wants_gradients(self.model):
+        assert self._live is not None
+        if self._live.wants_gradients():
             raise NotRead("its parameters require gradients; call it under torch.no_grad()")
         if torch.is_autocast_enabled(x.device.type):
             raise NotRead("autocast is on")

@@ -43,7 +43,7 @@ def _copied(y: Tensor, x: Tensor) -> None:
     y.copy_(x)
 
 
-_library = torch.library.Library("fastdiff", "FRAGMENT")
+_library: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("keep(Tensor(a!) y, Tensor x) -> ()")
 _library.impl("keep", _copied, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdiff::keep", lambda y, x: None, lib=_library)
