@@ -16,6 +16,7 @@ from fastdiff.files.atomic import replace_folder, sync
 from fastdiff.formats.diffusers.names import modules, theirs
 from fastdiff.formats.diffusers.read import WEIGHTS
 from fastdiff.formats.diffusers.refusal import refuse
+from fastdiff.formats.diffusers.write_condition import condition_config
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
@@ -23,7 +24,7 @@ from fastdiff.sampling.denoiser import Denoiser
 INDEX, NET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (INDEX, NET, f"unet/{WEIGHTS}", SCHEDULER)
 
-_CONDITION = {"label": None, "number": "timestep", "vector": "identity"}
+_CONDITION = {"label": None, "number": "timestep", "vector": "identity", "features": "projection"}
 _SAID = {
     *("in_channels", "out_channels", "channels", "mults", "blocks", "attention", "middle", "middle_attention"),
     *("middle_groups", "middle_divisor", "heads", "head_channels", "groups", "eps", "dropout", "scale_shift"),
@@ -100,20 +101,27 @@ def _classes(c: dict[str, Any], null_label: bool) -> dict[str, Any]:
 def unet_config(net: UNet, size: list[int] | None = None, *, null_label: bool = False) -> dict[str, Any]:
     """The config.json of the UNet2DModel that computes what `net` computes, for images of `size` (height, width).
 
+    With a context it is a UNet2DConditionModel's.
+
     null_label: write a null class as one class more, the last; diffusers does not know that it means none. Raises
     ValueError naming the keyword of the net that no key says.
     """
     c = net.config
+    square = None if size is None else size[0] if size[0] == size[1] else size
+    if net.context_channels is not None:
+        widths = _widths(c)
+        said = condition_config(net, widths, c["groups"] or math.gcd(32, *widths), _classes(c, null_label))
+        return {"sample_size": square, **said}
     for key, parameter in inspect.signature(UNet).parameters.items():
         if key not in _SAID and c.get(key, parameter.default) != parameter.default:
             raise refuse(key, c[key], repr(parameter.default))
-    if c["condition"] not in _CONDITION:
-        raise refuse("condition", c["condition"], ", ".join(_CONDITION))
+    if c["condition"] == "features":
+        raise refuse("condition", "features", "label, number, vector, and features with a context")
     widths = _widths(c)
     groups = c["groups"] or math.gcd(32, *widths)
     return {
         "_class_name": "UNet2DModel",
-        "sample_size": None if size is None else size[0] if size[0] == size[1] else size,
+        "sample_size": square,
         "in_channels": net.in_channels,
         "out_channels": net.out_channels,
         "center_input_sample": c["center_input"],
@@ -154,7 +162,7 @@ def check_target(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a folder; choose another path")
     there = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()} if path.exists() else set()
-    other = sorted(there.difference(FILES)) or ["no model_index.json"] * (INDEX not in there)
+    other = sorted(there.difference(FILES)) or [f"no {NET}"] * (NET not in there)
     if there and other:
         raise ValueError(f"{path} is no folder that this wrote, it holds {other[0]}; choose another path or move it")
 
@@ -163,6 +171,8 @@ def save_diffusers(
     den: Denoiser, folder: str | Path, *, dtype: torch.dtype | None = None, null_label: bool = False
 ) -> None:
     """Write `den` as a folder of diffusers: `DDPMPipeline.from_pretrained(folder)`, or UNet2DModel's of folder/unet.
+
+    A net with a context is folder/unet, for UNet2DConditionModel, and folder/scheduler: its pipeline has more parts.
 
     dtype: of the stored weights, the network's own unless given. null_label: see `unet_config`. Crash-safe; a folder
     that this wrote is replaced. Raises ValueError for what diffusers cannot say (see also `scheduler_config`), and
@@ -181,8 +191,9 @@ def save_diffusers(
         "unet": ["diffusers", "UNet2DModel"],
     }
     check_target(path)
+    top = {} if den.net.context_channels is not None else {INDEX: index}
     with replace_folder(path) as new:
-        _fill(new, {INDEX: index, NET: net, SCHEDULER: scheduler}, state)
+        _fill(new, {**top, NET: net, SCHEDULER: scheduler}, state)
 
 
 def _fill(folder: Path, configs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> None:
@@ -196,5 +207,5 @@ def _fill(folder: Path, configs: dict[str, dict[str, Any]], state: dict[str, Ten
         (folder / name).write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
     save_file(state, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
     os.chmod(folder / "unet" / WEIGHTS, mode)  # safetensors makes its files private, whatever the umask says
-    for name in (*FILES, "unet", "scheduler"):
+    for name in (*configs, f"unet/{WEIGHTS}", "unet", "scheduler"):
         sync(folder / name)
