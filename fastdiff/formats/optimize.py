@@ -140,7 +140,8 @@ class Engine:
             F = self._graphs(call)
         else:
             F = net.run(call.x, call.t, call.cond, residuals=call.residuals)
-        return self.kind.result(self.model, F, call)
+        # ours is channels_last; who gives a dense NCHW image may take a view of the result
+        return self.kind.result(self.model, F.contiguous() if call.x.is_contiguous() else F, call)
 
     def _say(self, reason: str) -> None:
         if reason not in self._said:

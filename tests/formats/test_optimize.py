@@ -54,6 +54,8 @@ def test_condition_nets_agree(name: str) -> None:
     # other sizes, other batches, other texts, and the first again
     for other in (inputs(name, n=1), inputs(name, size=(8, 8)), inputs(name, tokens=3), call):
         check(fast, other)
+    with torch.no_grad():
+        assert fast(**call).sample.is_contiguous()
     assert own.has(fast.fastdiff._net.net)
     assert len(fast.fastdiff._net._tapes._recorded) == 4
 
