@@ -289,3 +289,19 @@ def test_a_short_report_on_a_gpu(section, tmp_path):
     assert min(counted) > 0
     assert max(v["graph_bytes"] for v in row["variants"].values()) > 0
     assert all(v["call_bytes"] > 0 for name, v in row["variants"].items() if "eager" in name)
+
+
+@needs_cpp
+@pytest.mark.parametrize("features", [False, True])
+def test_a_row_of_a_network_with_a_context(features, monkeypatch):
+    """Stable Diffusion's and SDXL's as a GPU's report has them: diffusers' live class is the rival."""
+    from benchmarks.budget import Row
+    from benchmarks.models import SD_SMALL, _latent
+
+    more = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 12} if features else {}
+    model = _latent("with a context", 8, {**SD_SMALL.diffusers, **more})
+    record = run("unet", monkeypatch, [Row(model, 2)])
+    assert record["left_out"] == {}
+    (row,) = record["rows"]
+    assert row["absent"] == {}
+    assert any("diffusers" in name for name in row["variants"])
