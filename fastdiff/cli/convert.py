@@ -53,10 +53,8 @@ def run(options: Options) -> int:
         save_diffusers(den, out, dtype=dtype, null_label=o.null_label)
     written = sum(p.stat().st_size for p in Path(out).rglob("*.safetensors"))
     count = sum(p.numel() for p in den.net.parameters())  # type: ignore[attr-defined]
-    then = f"fastdiff sample --model {out}" if o.to == "ours" else f'DiffusionPipeline.from_pretrained("{out}")'
-    if getattr(den.net, "context_channels", None) is not None:
-        then = (
-            "its condition is a text's embedding, see fd.load" if o.to == "ours" else f'from_pretrained("{out}/unet")'
-        )
+    theirs = "DiffusionPipeline" if (Path(out) / "model_index.json").exists() else "UNet2DConditionModel"
+    place = f'"{out}"' if theirs == "DiffusionPipeline" else f'"{out}", subfolder="unet"'
+    then = f"fastdiff sample --model {out}" if o.to == "ours" else f"{theirs}.from_pretrained({place})"
     print(f"{out}: {count / 1e6:.2f} M parameters in {written / 1e6:.1f} MB, predicts {den.predicts}; {then}")
     return 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff import row
 from fastdiff.nn.layers import Deep
 from fastdiff.ops.group_norm_silu import layout
+from fastdiff.ops.keep import keep_
 from fastdiff.ops.step import check, x0_ref
 from fastdiff.sampling.guidance import Cond, map_cond
 from fastdiff.sampling.state import Kind, Program, State
@@ -32,33 +33,12 @@ def one_step(program: Program, s: State, kind: Kind, noise: Tensor | None = None
     if kind.watched:
         assert s.x0 is not None
         r = s.rows.index_select(0, s.k)[0]
-        _keep(s.x0, x0_ref(s.x, F, r).clamp(-r[row.CLIP], r[row.CLIP]))
+        # not copy_: a compiler may move it behind step_, which changes x
+        keep_(s.x0, x0_ref(s.x, F, r).clamp(-r[row.CLIP], r[row.CLIP]))
     args = (s.x, s.x_in, s.h, F, s.rows, s.k, s.number, s.seed)
     check(*args, variance=program.variance, noise=noise, bad=s.bad)
     program.step_(*args, variance=program.variance, noise=noise, bad=s.bad)
     s.k.add_(1)
-
-
-def _copied(y: Tensor, x: Tensor) -> None:
-    y.copy_(x)
-
-
-_library: Any = torch.library.Library("fastdiff", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("keep(Tensor(a!) y, Tensor x) -> ()")
-_library.impl("keep", _copied, "CompositeExplicitAutograd")
-torch.library.register_fake("fastdiff::keep", lambda y, x: None, lib=_library)
-
-
-def _keep(y: Tensor, x: Tensor) -> None:
-    """y.copy_(x), now.
-
-    Inductor leaves a copy into a buffer to the end, with all arithmetic that nobody else needs; by then `step_`, whose
-    writes it does not see there, has changed what x is made of. What an op takes is made before it.
-    """
-    if torch.compiler.is_compiling():
-        torch.ops.fastdiff.keep(y, x)
-    else:
-        y.copy_(x)
 
 
 def _first(cond: Cond, images: int) -> Cond:

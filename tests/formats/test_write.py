@@ -17,8 +17,6 @@ from fastdiff.formats.diffusers.convert import convert
 from fastdiff.formats.diffusers.write import FILES, save_diffusers, unet_config
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
-from tests.formats import condition_nets
-from tests.formats.test_condition import cond_of, ours_of
 from tests.formats.test_diffusers import NETS, far, inputs, peer
 from tests.nn import prepared
 from tests.nn.test_unet import draw, randomise
@@ -90,29 +88,6 @@ def test_their_nets_go_back(name: str, tmp_path: Path) -> None:
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet").state_dict()
     assert again.keys() == theirs.state_dict().keys()
     assert all(torch.equal(again[n], p) for n, p in theirs.state_dict().items())
-
-
-@pytest.mark.parametrize("name", condition_nets.NETS)
-def test_nets_with_a_context_go_back(name: str, tmp_path: Path) -> None:
-    theirs, call = condition_nets.peer(name), condition_nets.inputs(name)
-    net, cond = ours_of(theirs), cond_of(theirs, call)
-    save_diffusers(fd.Denoiser(net, fd.scaled_linear()), tmp_path)
-    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
-    given = {
-        "sample": call["sample"],
-        "timestep": call["timestep"],
-        "encoder_hidden_states": call["encoder_hidden_states"],
-    }
-    if isinstance(cond, dict):
-        (given["class_labels"],) = (v for k, v in cond.items() if k != "context")
-    with torch.no_grad():
-        assert far(again(**given).sample, theirs(**call).sample) < 1e-5
-    back = fd.load(tmp_path).net.state_dict()
-    assert back.keys() == net.state_dict().keys()
-    assert all(torch.equal(back[name], p) for name, p in net.state_dict().items())
-    # a folder that this wrote, and no pipeline's
-    save_diffusers(fd.Denoiser(net, fd.scaled_linear()), tmp_path)
-    assert not (tmp_path / "model_index.json").exists()
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -130,15 +130,18 @@ def test_each_is_a_compilation_of_its_own(den):
     assert counter.frame_count == 2  # rows that somebody looks at, and stages
 
 
-def test_inductor_keeps_x0_before_the_step_changes_what_it_is_made_of() -> None:
-    """By default it leaves that arithmetic to the end, where x is the next one: only the real compiler shows it."""
-    plain = fd.Denoiser(lambda x, t, cond: 0.3 * x + 0.1, fd.cosine(), "v")
-    seen: dict[fd.Sampler, list[torch.Tensor]] = {}
-    for run in (fd.eager, fd.compiled):
-        fast = Sampler(plain, (2, 1, 8, 8), run)
-        seen[fast] = []
-        fast("ddim", steps=4, clip=1.0, each=lambda i, x, x0, kept=seen[fast]: kept.append(x0.clone()))
-    slow, fast = seen.values()
-    for a, b in zip(slow, fast, strict=True):
-        assert (a - b).abs().max() < 1e-6
-    assert len({float(x0.mean()) for x0 in slow}) == 4
+@pytest.mark.parametrize("energy", [False, True], ids=["plain", "steered"])
+def test_x0_is_of_the_x_that_the_row_received(energy):
+    """A pointwise network, which Inductor could compute again, and the arithmetic of x0, behind the step in place."""
+    den = fd.Denoiser(lambda x, t, cond: 0.3 * x + 0.1, fd.cosine(), "v")
+    torch._dynamo.reset()
+    steer = {"guidance": fd.energy(lambda x0, t, cond: x0.square().flatten(1).sum(1), 0.1)} if energy else {}
+
+    def seen(run):
+        shown = []
+        fd.sample(den, (2, 1, 4, 4), steps=4, clip=1.0, run=run, each=lambda i, x, x0: shown.append((x, x0)), **steer)
+        return shown
+
+    for (x, x0), (y, y0) in zip(seen(fd.eager), seen(fd.compiled), strict=True):
+        assert near(y, x, 1e-6)
+        assert near(y0, x0, 1e-6)

@@ -1,4 +1,7 @@
-"""A Denoiser as a folder that diffusers reads: `UNet2DModel`, scheduler, pipeline; written without diffusers."""
+"""A Denoiser as a folder that diffusers reads: its U-Net, scheduler and, where it needs no more, the pipeline.
+
+A net with a context is a `UNet2DConditionModel`, any other a `UNet2DModel`; written without diffusers.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ import torch
 from torch import Tensor
 
 from fastdiff.files.atomic import replace_folder, sync
+from fastdiff.formats.diffusers import write_condition
 from fastdiff.formats.diffusers.names import modules, theirs
 from fastdiff.formats.diffusers.read import WEIGHTS
 from fastdiff.formats.diffusers.refusal import refuse
-from fastdiff.formats.diffusers.write_condition import condition_config
 from fastdiff.formats.diffusers.write_schedule import scheduler_config
 from fastdiff.nn.unet import UNet
 from fastdiff.sampling.denoiser import Denoiser
 
 INDEX, NET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 FILES = (INDEX, NET, f"unet/{WEIGHTS}", SCHEDULER)
+"""All but the first where the net has a context: its pipeline has a text encoder too."""
 
-_CONDITION = {"label": None, "number": "timestep", "vector": "identity", "features": "projection"}
+_CONDITION = {"label": None, "number": "timestep", "vector": "identity"}
 _SAID = {
     *("in_channels", "out_channels", "channels", "mults", "blocks", "attention", "middle", "middle_attention"),
     *("middle_groups", "middle_divisor", "heads", "head_channels", "groups", "eps", "dropout", "scale_shift"),
@@ -83,7 +87,6 @@ def _resampling(c: dict[str, Any], widths: list[int]) -> dict[str, Any]:
         "up_block_types": ["AttnUpBlock2D" if here else plain[1] for here in reversed(attends)],
         "downsample_type": way,
         "upsample_type": way,
-        "downsample_padding": 0 if c["asymmetric"] else 1,
     }
 
 
@@ -95,33 +98,46 @@ def _classes(c: dict[str, Any], null_label: bool) -> dict[str, Any]:
             "the label of none"
         )
     count = None if c["classes"] is None else c["classes"] + c["null_class"]
-    return {"num_class_embeds": count, "class_embed_type": _CONDITION[c["condition"]]}
+    return {"num_class_embeds": count, "class_embed_type": _CONDITION.get(c["condition"])}
+
+
+def _plain(c: dict[str, Any], widths: list[int], groups: int) -> dict[str, Any]:
+    """The keys in which a UNet2DModel differs from a UNet2DConditionModel."""
+    return {
+        "_class_name": "UNet2DModel",
+        **_resampling(c, widths),
+        "mid_block_type": "UNetMidBlock2D" if c["middle"] else None,
+        "attention_head_dim": _head(c, widths),
+        "attn_norm_num_groups": _middle_groups(c, groups),
+        "add_attention": c["middle"] and c["middle_attention"],
+    }
+
+
+def _check(c: dict[str, Any]) -> None:
+    """Raises ValueError naming the keyword of the net that no key says."""
+    context = c["context_channels"] is not None
+    said = (_SAID | write_condition.SAID) - write_condition.UNSAID if context else _SAID
+    for key, parameter in inspect.signature(UNet).parameters.items():
+        if key not in said and c.get(key, parameter.default) != parameter.default:
+            raise refuse(key, c[key], repr(parameter.default))
+    accepted = [*_CONDITION, *["features"] * context]
+    if c["condition"] not in accepted:
+        raise refuse("condition", c["condition"], ", ".join(accepted))
 
 
 def unet_config(net: UNet, size: list[int] | None = None, *, null_label: bool = False) -> dict[str, Any]:
-    """The config.json of the UNet2DModel that computes what `net` computes, for images of `size` (height, width).
+    """The config.json of the UNet2DModel, or with a context the UNet2DConditionModel, that computes what `net` does.
 
-    With a context it is a UNet2DConditionModel's.
-
-    null_label: write a null class as one class more, the last; diffusers does not know that it means none. Raises
-    ValueError naming the keyword of the net that no key says.
+    size: (height, width) of its images. null_label: write a null class as one class more, the last; diffusers does not
+    know that it means none. Raises ValueError naming the keyword of the net that no key says.
     """
     c = net.config
-    square = None if size is None else size[0] if size[0] == size[1] else size
-    if net.context_channels is not None:
-        widths = _widths(c)
-        said = condition_config(net, widths, c["groups"] or math.gcd(32, *widths), _classes(c, null_label))
-        return {"sample_size": square, **said}
-    for key, parameter in inspect.signature(UNet).parameters.items():
-        if key not in _SAID and c.get(key, parameter.default) != parameter.default:
-            raise refuse(key, c[key], repr(parameter.default))
-    if c["condition"] == "features":
-        raise refuse("condition", "features", "label, number, vector, and features with a context")
+    _check(c)
     widths = _widths(c)
     groups = c["groups"] or math.gcd(32, *widths)
+    own = _plain if c["context_channels"] is None else write_condition.config
     return {
-        "_class_name": "UNet2DModel",
-        "sample_size": square,
+        "sample_size": None if size is None else size[0] if size[0] == size[1] else size,
         "in_channels": net.in_channels,
         "out_channels": net.out_channels,
         "center_input_sample": c["center_input"],
@@ -129,25 +145,22 @@ def unet_config(net: UNet, size: list[int] | None = None, *, null_label: bool = 
         "time_embedding_dim": c["time_channels"],
         "freq_shift": c["shift"],
         "flip_sin_to_cos": c["flip"],
-        **_resampling(c, widths),
-        "mid_block_type": "UNetMidBlock2D" if c["middle"] else None,
         "block_out_channels": widths,
         "layers_per_block": c["blocks"],
+        "downsample_padding": 0 if c["asymmetric"] else 1,
         "mid_block_scale_factor": c["middle_divisor"],
         "dropout": c["dropout"],
         "act_fn": "silu",
-        "attention_head_dim": _head(c, widths),
         "norm_num_groups": groups,
-        "attn_norm_num_groups": _middle_groups(c, groups),
         "norm_eps": c["eps"],
         "resnet_time_scale_shift": "scale_shift" if c["scale_shift"] else "default",
-        "add_attention": c["middle"] and c["middle_attention"],
         **_classes(c, null_label),
+        **own(c, widths, groups),
     }
 
 
 def unet_state(net: UNet, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """The state_dict of that UNet2DModel, on the CPU, in `dtype` (None: the net's own)."""
+    """The state_dict of that model, on the CPU, in `dtype` (None: the net's own)."""
     known, state = modules(net), {}
     for name, p in net.state_dict().items():
         names = theirs(name, known)
@@ -162,7 +175,8 @@ def check_target(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a folder; choose another path")
     there = {p.relative_to(path).as_posix() for p in path.rglob("*") if not p.is_dir()} if path.exists() else set()
-    other = sorted(there.difference(FILES)) or [f"no {NET}"] * (NET not in there)
+    ours = INDEX in there or there == set(FILES[1:])
+    other = sorted(there.difference(FILES)) or [f"no {INDEX}"] * (not ours)
     if there and other:
         raise ValueError(f"{path} is no folder that this wrote, it holds {other[0]}; choose another path or move it")
 
@@ -172,8 +186,8 @@ def save_diffusers(
 ) -> None:
     """Write `den` as a folder of diffusers: `DDPMPipeline.from_pretrained(folder)`, or UNet2DModel's of folder/unet.
 
-    A net with a context is folder/unet, for UNet2DConditionModel, and folder/scheduler: its pipeline has more parts.
-
+    A net with a context is a UNet2DConditionModel in folder/unet, its features class_labels (a "projection"), its
+    scheduler beside it; no pipeline is named, for it needs the text encoder and autoencoder that a Denoiser has not.
     dtype: of the stored weights, the network's own unless given. null_label: see `unet_config`. Crash-safe; a folder
     that this wrote is replaced. Raises ValueError for what diffusers cannot say (see also `scheduler_config`), and
     where `folder` holds something else.
@@ -185,15 +199,17 @@ def save_diffusers(
     path, shape = Path(os.path.realpath(folder)), den.meta.get("shape")
     net = unet_config(den.net, None if shape is None else list(shape[1:]), null_label=null_label)
     scheduler, state = scheduler_config(den), unet_state(den.net, dtype)
+    configs = {NET: net, SCHEDULER: scheduler}
     index = {
         "_class_name": "DDIMPipeline" if scheduler["_class_name"] == "DDIMScheduler" else "DDPMPipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DModel"],
     }
+    if den.net.context_channels is None:
+        configs[INDEX] = index
     check_target(path)
-    top = {} if den.net.context_channels is not None else {INDEX: index}
     with replace_folder(path) as new:
-        _fill(new, {**top, NET: net, SCHEDULER: scheduler}, state)
+        _fill(new, configs, state)
 
 
 def _fill(folder: Path, configs: dict[str, dict[str, Any]], state: dict[str, Tensor]) -> None:

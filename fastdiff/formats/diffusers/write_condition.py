@@ -1,66 +1,48 @@
-"""The config of diffusers' `UNet2DConditionModel` that computes what a `fd.UNet` with a context computes."""
+"""What makes a `UNet` with a context a `UNet2DConditionModel`: the inverse of `condition.keywords`."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
 from typing import Any
 
 from fastdiff.formats.diffusers.refusal import refuse
-from fastdiff.nn.unet import UNet
 
-_SAID = {
-    *("in_channels", "out_channels", "channels", "mults", "blocks", "attention", "middle", "middle_divisor"),
-    *("heads", "head_channels", "context_channels", "depth", "groups", "eps", "dropout", "scale_shift", "asymmetric"),
-    *("classes", "null_class", "condition", "condition_channels", "learned_variance", "time_channels", "flip", "shift"),
-    "center_input",
-}
-"""Keywords of UNet that it has a key for; the others must have their defaults."""
+SAID = {"context_channels", "depth", "condition_channels"}
+"""Keywords of UNet that only a UNet2DConditionModel has a key for."""
+UNSAID = {"resample_blocks", "conv_resample", "middle_attention", "learned_variance"}
+"""And those that it has none for, a UNet2DModel has."""
 
 
-def _each(v: Any, levels: int) -> list[Any]:
-    return list(v) if isinstance(v, Sequence) else [v] * levels
+def _heads(c: dict[str, Any], widths: list[int]) -> int | list[int]:
+    """What diffusers calls attention_head_dim: the number of heads, level by level."""
+    if c["heads"]:
+        found: int | list[int] = c["heads"]
+        return found
+    # where there is no transformer the number says nothing
+    return [max(1, w // c["head_channels"]) for w in widths] if c["head_channels"] else 1
 
 
-def condition_config(net: UNet, widths: list[int], groups: int, classes: dict[str, Any]) -> dict[str, Any]:
-    """All keys but sample_size; classes: num_class_embeds and class_embed_type. Raises ValueError naming a keyword.
+def config(c: dict[str, Any], widths: list[int], groups: int) -> dict[str, Any]:
+    """The keys in which a UNet2DConditionModel differs; c: the keywords of a UNet with a context.
 
-    Features that are added are said as class_embed_type="projection", whose class_labels they are: SDXL's own key
-    would make them of a text and of sizes. 1x1 convolutions are written as the matrices that they are here.
+    Features are a "projection" of class_labels: what SDXL's text and time ids become (`condition.text_features`) is
+    given there, for a net of ours does not know what its features were made from.
     """
-    c = net.config
-    for key, parameter in inspect.signature(UNet).parameters.items():
-        if key not in _SAID and c[key] != parameter.default:
-            raise refuse(key, c[key], repr(parameter.default))
+    if c["middle_groups"] not in (None, groups):
+        raise refuse("middle_groups", c["middle_groups"], f"None, which is {groups} here")
     attends = [2**i in c["attention"] for i in range(len(widths))]
-    heads = [h or 1 for h in _each(c["heads"], len(widths))]
-    if c["head_channels"]:
-        heads = [max(1, width // c["head_channels"]) for width in widths]
+    features = {
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": c["condition_channels"],
+    }
     return {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": net.in_channels,
-        "out_channels": net.out_channels,
-        "center_input_sample": c["center_input"],
-        "flip_sin_to_cos": c["flip"],
-        "freq_shift": c["shift"],
         "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if c["middle"] else None,
         "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "block_out_channels": widths,
-        "layers_per_block": c["blocks"],
-        "downsample_padding": 0 if c["asymmetric"] else 1,
-        "mid_block_scale_factor": c["middle_divisor"],
-        "dropout": c["dropout"],
-        "act_fn": "silu",
-        "norm_num_groups": groups,
-        "norm_eps": c["eps"],
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if c["middle"] else None,
+        "attention_head_dim": _heads(c, widths),
         "cross_attention_dim": c["context_channels"],
-        "transformer_layers_per_block": _each(c["depth"], len(widths)),
-        # what diffusers calls attention_head_dim is the number of heads
-        "attention_head_dim": heads,
+        "transformer_layers_per_block": c["depth"],
+        # our proj_in and proj_out are matrices
         "use_linear_projection": True,
-        "resnet_time_scale_shift": "scale_shift" if c["scale_shift"] else "default",
-        "time_embedding_dim": c["time_channels"],
-        "projection_class_embeddings_input_dim": c["condition_channels"],
-        **classes,
+        **(features if c["condition"] == "features" else {}),
     }
