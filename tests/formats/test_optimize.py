@@ -318,7 +318,7 @@ def test_parameters_that_nobody_can_follow_run_the_model() -> None:
 
 
 def test_a_compiler_sees_the_model() -> None:
-    net, call = peer("sd15"), inputs("sd15")
+    net, call = peer("sd21"), inputs("sd21")
     compiled = torch.compile(fd.optimize(net), backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(**call).sample, net(**call).sample)
