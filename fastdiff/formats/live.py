@@ -38,7 +38,8 @@ def weights(model: nn.Module, ours: Callable[[type[nn.Module]], bool], scale: fl
         if type(module) not in _PLAIN | _CONTAINERS and not ours(type(module)):
             raise NotRead(f"{name} is a {type(module).__module__}.{type(module).__qualname__}")
         found |= {f"{name}.{key}": Made((f"{name}.{key}",), lora.itself) for key in _parameters(module)}
-    dtypes = {p.dtype for p in model.parameters()}
+    # adapters of 16-bit models are often in float32
+    dtypes = {p.dtype for name, p in model.named_parameters() if ".lora_" not in name}
     if len(dtypes) != 1 or len({p.device for p in model.parameters()}) != 1:
         raise NotRead(f"its parameters are on several devices, or of several dtypes: {', '.join(map(str, dtypes))}")
     return found

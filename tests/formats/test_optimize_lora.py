@@ -117,6 +117,21 @@ def test_a_lora_that_is_trained_is_seen() -> None:
     assert fast.fastdiff._net is packed
 
 
+def test_a_lora_in_float32_on_a_model_in_16_bits() -> None:
+    net = peer("sd15").bfloat16()
+    call = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs("sd15").items()}
+    fast = fd.optimize(net)
+    with torch.no_grad():
+        plain = fast(**call).sample
+        adapt(net)
+        # as diffusers.training_utils.cast_training_params does
+        for name, p in net.named_parameters():
+            p.data = p.data.float() if "lora_" in name else p.data
+        want, got = net(**call).sample.float(), fast(**call).sample.float()
+    assert fast.fastdiff._reason is None
+    assert far(got, want) < 3e-2 < far(plain.float(), want)
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [({"use_dora": True}, "more than LoRA"), ({"lora_bias": True}, "more than LoRA")],
