@@ -11,7 +11,6 @@ import torch
 from fastdiff._version import __version__
 from fastdiff.files.atomic import find_folder
 from fastdiff.files.checkpoint import read_folder, write_folder
-from fastdiff.formats import hub
 from fastdiff.formats.diffusers.convert import KINDS
 from fastdiff.formats.diffusers.read import read_unet, vae_scaling
 from fastdiff.formats.diffusers.schedule import schedule_of
@@ -80,6 +79,8 @@ def load(name: str | Path) -> Denoiser:
     try:
         found, _ = find_folder(folder)
     except FileNotFoundError:
+        from fastdiff.formats import hub
+
         repo = hub.parse(name)
         if repo is None:
             raise FileNotFoundError(
